@@ -1,0 +1,50 @@
+# Everything runs in a virtual environment of the project's own, made on first use.
+#   make fewshot    the main job on the embedded demo
+#   make test       the tests
+#   make style      format and mend what can be mended
+#   make quality    all checks of style, docstrings and layers
+#   make bench      the benchmarks at a small size
+
+PYTHON ?= python3
+VENV ?= .venv
+# The torch release that the project is tested on; TORCH=torch takes the newest one.
+TORCH ?= torch==2.14.1
+BIN := $(VENV)/bin
+SOURCES := hf_momentum recipes scripts tests
+
+.PHONY: fewshot test demo-test upstream style quality bench clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed; $(PYTHON) is {sys.version.split()[0]}. Choose another: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# An extra's stamp: .venv/.demo holds the extra `demo`, .venv/.dev the extra `dev`.
+$(VENV)/.%: setup.cfg pyproject.toml | $(VENV)/.python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	touch $@
+
+fewshot: $(VENV)/.demo
+	$(BIN)/accelerate launch recipes/roberta_fewshot.py --optim sgdm $(ARGS)
+
+# One thread per worker: the tests are many and small.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
+
+demo-test: $(VENV)/.dev
+	$(BIN)/hf-momentum demo
+	$(BIN)/python -m pytest -m demo $(ARGS)
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

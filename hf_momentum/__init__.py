@@ -1,0 +1,30 @@
+"""SGD, SGD with momentum and SVAG as first-class optimizers for the Hugging Face Trainer."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "SGDM": "hf_momentum.optim",
+    "create_optimizer": "hf_momentum.optim",
+    "list_optimizers": "hf_momentum.optim",
+    "svag_coefficients": "hf_momentum.optim",
+    "svag_hyperparameters": "hf_momentum.optim",
+    "effective_lr": "hf_momentum.optim",
+    "heavy_ball_lr": "hf_momentum.optim",
+    "averaged_lr": "hf_momentum.optim",
+    "MomentumTrainingArguments": "hf_momentum.training",
+    "trainer_kwargs": "hf_momentum.training",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
