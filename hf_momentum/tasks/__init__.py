@@ -1,0 +1,1 @@
+"""What is trained on: tasks, their prompts, their data and their metrics."""

@@ -1,0 +1,397 @@
+"""Tasks as prompts: templates, label words, and how examples become token ids.
+
+The five tasks and their templates are those of prompt-based few-shot fine-tuning (Gao et al. 2021, arXiv 2012.15723).
+
+A template is a text with `{sentence1}`, optionally `{sentence2}`, and `<mask>` once, whatever the tokenizer's own mask
+token is. Modifiers may follow a sentence: `{sentence2:lower_first}`, `{sentence1:no_last_char,lower_first}`.
+"""
+
+import difflib
+import re
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from hf_momentum.errors import UserError
+
+MASK = "<mask>"
+SENTENCES = ("sentence1", "sentence2")
+MODIFIERS: dict[str, Callable[[str], str]] = {
+    "no_last_char": lambda text: text[:-1],
+    "lower_first": lambda text: text[:1].lower() + text[1:],
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A sentence's place in a template: its column and the names of the modifiers, applied from left to right."""
+
+    column: str
+    modifiers: tuple[str, ...] = ()
+
+    def __call__(self, sentence: str) -> str:
+        """Return the sentence without white space around it, modified."""
+        text = sentence.strip()
+        for modifier in self.modifiers:
+            text = MODIFIERS[modifier](text)
+        return text
+
+
+def parse_template(template: str) -> list[str | Field]:
+    """Split a template into literal text and fields.
+
+    Args:
+        template: Such as `"{sentence1} It was <mask>."`.
+
+    Returns:
+        The pieces in order; literal text still holds `<mask>`.
+
+    Raises:
+        UserError: If a field or modifier is unknown, or `{sentence1}`, `{sentence2}` or `<mask>` does not occur as
+            often as it must.
+    """
+    pieces: list[str | Field] = []
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"template: {template!r}: {error}; fields look like {{sentence1}}") from error
+    for literal, column, modifiers, conversion in parsed:
+        if literal:
+            pieces.append(literal)
+        if column is None:
+            continue
+        if column not in SENTENCES or conversion:
+            raise UserError(f"template: unknown field {{{column}}} in {template!r}; use {{sentence1}}, {{sentence2}}")
+        names = tuple(modifiers.split(",")) if modifiers else ()
+        for name in names:
+            if name not in MODIFIERS:
+                raise UserError(f"template: unknown modifier {name!r} in {template!r}; use {', '.join(MODIFIERS)}")
+        pieces.append(Field(column, names))
+    columns = [piece.column for piece in pieces if isinstance(piece, Field)]
+    if template.count(MASK) != 1 or columns.count("sentence1") != 1 or columns.count("sentence2") > 1:
+        raise UserError(
+            f"template: {template!r} must hold {MASK} once, {{sentence1}} once and {{sentence2}} at most once; "
+            'an example: "{sentence1} It was <mask>."'
+        )
+    return pieces
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task, with or without a prompt.
+
+    Attributes:
+        name: What the user calls it.
+        template: The prompt, or None for a task that is trained with a classifier only.
+        label_words: Label -> the word that stands for it at the mask, in the order of the class indices. Without a
+            template every word is None.
+        max_length: Longest encoding in tokens, special tokens included.
+        first_max_length: Longest first sentence of a prompt in tokens, or None for no limit of its own.
+    """
+
+    name: str
+    template: str | None
+    label_words: dict[str, str | None]
+    max_length: int = 128
+    first_max_length: int | None = None
+
+    def __post_init__(self):
+        if not self.name:
+            raise UserError("name: expected a short text, got nothing")
+        for key, value in (("max_length", self.max_length), ("first_max_length", self.first_max_length or 1)):
+            if type(value) is not int or value < 1:
+                raise UserError(f"{key}: expected a positive whole number of tokens, got {value!r}")
+        if len(self.label_words) < 2:
+            raise UserError(f"label_words: expected two or more lines 'label: word', got {self.label_words!r}")
+        if self.template is not None:
+            parse_template(self.template)
+        for label, word in self.label_words.items():
+            if self.template is not None and not (word and word.strip()):
+                raise UserError(f"label_words: label {label!r} has no word, which the template needs")
+            if self.template is None and word is not None:
+                raise UserError(f"template: missing, although label {label!r} has the word {word!r}")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels; a label's position is its class index."""
+        return tuple(self.label_words)
+
+    @property
+    def pair(self) -> bool:
+        """Whether the template takes two sentences."""
+        return "{sentence2" in (self.template or "")
+
+
+def _numbered(*words: str) -> dict[str, str | None]:
+    return {str(index): word for index, word in enumerate(words)}
+
+
+_IT_WAS = "{sentence1} It was <mask>."
+_ENTAILMENT = "{sentence1:no_last_char}? <mask>, {sentence2:lower_first}"
+_FIVE_RATINGS = ("very negative", "negative", "neutral", "positive", "very positive")
+_FIVE_WORDS = ("terrible", "bad", "okay", "good", "great")
+_KIND_WORDS = ("Description", "Entity", "Expression", "Human", "Location", "Number")
+_NLI_WORDS = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
+
+PAPER_TASKS = (
+    Task("sst-2", _IT_WAS, _numbered("terrible", "great")),
+    Task("sst-5", _IT_WAS, _numbered(*_FIVE_WORDS), first_max_length=110),
+    Task("snli", _ENTAILMENT, _NLI_WORDS, max_length=256),
+    Task("trec", "<mask>: {sentence1}", _numbered(*_KIND_WORDS), first_max_length=110),
+    Task("mnli", _ENTAILMENT, _NLI_WORDS, max_length=256),
+)
+DEMO_TASKS = (
+    Task("movie-snippets-2", _IT_WAS, {"negative": "terrible", "positive": "great"}),
+    Task("movie-snippets-5", _IT_WAS, dict(zip(_FIVE_RATINGS, _FIVE_WORDS, strict=True)), first_max_length=110),
+    Task("stsb-3", _ENTAILMENT, {"different": "No", "related": "Maybe", "equivalent": "Yes"}, max_length=256),
+)
+TASKS = {task.name: task for task in (*PAPER_TASKS, *DEMO_TASKS)}
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def get_task(name_or_path: str | Path) -> Task:
+    """Find a task by its name, or read a user's own from a YAML file.
+
+    Args:
+        name_or_path: One of `TASKS`, or the path of a file that ends in `.yaml` or `.yml`. The file's keys are the
+            fields of `Task`; for a task without a template the words in `label_words` stay empty.
+
+    Returns:
+        The task.
+
+    Raises:
+        UserError: If the name is unknown or the file is missing or malformed.
+    """
+    name = str(name_or_path)
+    if not name.lower().endswith((".yaml", ".yml")):
+        if name not in TASKS:
+            known = f"Tasks: {', '.join(TASKS)}; or give the path of your own task's .yaml file."
+            raise UserError(f"Unknown task {name!r}{_did_you_mean(name, TASKS)}. {known}")
+        return TASKS[name]
+    try:
+        # Scalars stay text: read as YAML 1.1, the label words Yes and No would turn into booleans.
+        return _task_from_yaml(yaml.load(Path(name).read_text(encoding="utf-8"), Loader=yaml.BaseLoader))
+    except (UserError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"Task file {name}: {error}\n{_FILE_HELP}") from error
+
+
+_FILE_HELP = """A task file:
+  name: my-task
+  template: "{sentence1} It was <mask>."
+  label_words: {negative: terrible, positive: great}
+  max_length: 128            # optional, tokens
+  first_max_length: 110      # optional, tokens"""
+
+
+def _task_from_yaml(content: object) -> Task:
+    if not isinstance(content, dict):
+        raise UserError(f"expected lines 'key: value', got {content!r}")
+    known = [field.name for field in fields(Task)]
+    for key, value in content.items():
+        if key not in known:
+            raise UserError(f"{key}: unknown key{_did_you_mean(str(key), known)}; known are {', '.join(known)}")
+        if key == "label_words":
+            if not isinstance(value, dict) or not all(isinstance(word, str) for word in value.values()):
+                raise UserError(f"label_words: expected two or more lines 'label: word', got {value!r}")
+        elif not isinstance(value, str):
+            raise UserError(f"{key}: expected a single value, got {value!r}")
+        if key.endswith("max_length") and not (value.isascii() and value.isdigit() and int(value)):
+            raise UserError(f"{key}: expected a positive whole number of tokens, got {value!r}")
+    for key in ("name", "label_words"):
+        if key not in content:
+            raise UserError(f"{key}: missing")
+    words = {label: word or None for label, word in content["label_words"].items()}
+    lengths = {key: int(value) for key, value in content.items() if key.endswith("max_length")}
+    return Task(content["name"], content.get("template") or None, words, **lengths)
+
+
+def _require_prompt(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    if task.template is None:
+        raise UserError(f"Task {task.name!r} has no template: give it one, or use --tuning classifier.")
+    if tokenizer.mask_token is None:
+        raise UserError(
+            f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no mask token, which a prompt "
+            "needs: choose a masked language model, or use --tuning classifier."
+        )
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str | list[str]) -> list:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def label_word_ids(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the label words, as they stand in the template.
+
+    A word after a space, or at the template's start, is tokenised with a leading space; a word right after another
+    character is tokenised after that character, and right after a sentence on its own. The tokenizer's own
+    lower-casing applies.
+
+    Args:
+        task: A task with a template.
+        tokenizer: Any tokenizer with a mask token.
+
+    Returns:
+        One id per label, in the order of `task.labels`.
+
+    Raises:
+        UserError: If a word is not exactly one known token, two words share one, the task has no template or the
+            tokenizer no mask token.
+    """
+    _require_prompt(task, tokenizer)
+    before = task.template.split(MASK)[0][-1:] or " "
+    context = "" if before == "}" else before
+    skipped = _tokens(tokenizer, context) if context.strip() else []
+    words = {}
+    for word in task.label_words.values():
+        ids = _tokens(tokenizer, context + word.strip())
+        ids = ids[len(skipped) :] if ids[: len(skipped)] == skipped else ids
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+            raise UserError(
+                f"Label word {word!r} of task {task.name!r} is not one token of this tokenizer but {pieces}: "
+                "choose another word in the task's label_words, or use --tuning classifier."
+            )
+        if ids[0] in words:
+            raise UserError(
+                f"Label words {words[ids[0]]!r} and {word!r} of task {task.name!r} are one and the same token "
+                f"{pieces[0]!r} of this tokenizer: choose other words in the task's label_words."
+            )
+        words[ids[0]] = word
+    return list(words)
+
+
+class _Encoder:
+    """What both encoders share: the checked columns, and sentences that stay plain text."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase):
+        self.task = task
+        self.tokenizer = tokenizer
+        self.max_length = min(task.max_length, tokenizer.model_max_length)
+        special = sorted((token for token in tokenizer.all_special_tokens if len(token) > 1), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+    def _column(self, examples: Mapping[str, Sequence[str]], field: Field) -> list[str]:
+        # In the sentences returned no special token is recognised: `<mask>` has become `< mask>`.
+        if field.column not in examples:
+            raise UserError(f"Task {self.task.name!r} needs {field.column!r}; the data has {', '.join(examples)}.")
+        for sentence in examples[field.column]:
+            if not isinstance(sentence, str):
+                raise UserError(f"Task {self.task.name!r}: {field.column!r} must be text, got {sentence!r}.")
+        return [
+            self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", field(sentence))
+            for sentence in examples[field.column]
+        ]
+
+
+class ClassifierEncoder(_Encoder):
+    """Encode sentences or sentence pairs for a classification head; used as `dataset.map(encoder, batched=True)`.
+
+    Args:
+        task: Gives the maximal length.
+        tokenizer: Any tokenizer.
+    """
+
+    def __call__(self, examples: Mapping[str, Sequence[str]]) -> dict[str, list[list[int]]]:
+        """Encode a batch.
+
+        Args:
+            examples: Columns `sentence1` and, for pairs, `sentence2`.
+
+        Returns:
+            The tokenizer's columns (`input_ids`, `attention_mask`, ...), at most `max_length` tokens per example.
+            Where a pair is too long, the longer sentence gives way first.
+        """
+        columns = [column for column in SENTENCES if column == "sentence1" or column in examples]
+        texts = [self._column(examples, Field(column)) for column in columns]
+        return dict(self.tokenizer(*texts, truncation="longest_first", max_length=self.max_length)) if texts[0] else {}
+
+
+class PromptEncoder(_Encoder):
+    """Encode examples as prompts with exactly one mask; used as `dataset.map(encoder, batched=True)`.
+
+    Every encoding is the tokenizer's own of the filled template as one segment, so that spaces are where the model
+    expects them. Where it is too long, the sentence (of two the longer) loses its end; the template and the mask stay.
+
+    Args:
+        task: A task with a template.
+        tokenizer: Any tokenizer with a mask token.
+
+    Raises:
+        UserError: If the task has no template or the tokenizer no mask token.
+    """
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(task, tokenizer)
+        _require_prompt(task, tokenizer)
+        pieces = parse_template(task.template)
+        self.fields = sorted((piece for piece in pieces if isinstance(piece, Field)), key=lambda field: field.column)
+        self.pieces = [  # literal text, or a sentence's index
+            piece.replace(MASK, tokenizer.mask_token) if isinstance(piece, str) else self.fields.index(piece)
+            for piece in pieces
+        ]
+
+    def __call__(self, examples: Mapping[str, Sequence[str]]) -> dict[str, list[list[int]]]:
+        """Encode a batch.
+
+        Args:
+            examples: Columns `sentence1` and, where the template has it, `sentence2`.
+
+        Returns:
+            The tokenizer's columns (`input_ids`, `attention_mask`, ...), at most `max_length` tokens per example.
+
+        Raises:
+            UserError: If a column is missing or holds something other than text, or `max_length` does not hold the
+                template.
+        """
+        columns = [self._column(examples, field) for field in self.fields]
+        rows = [list(row) for row in zip(*columns, strict=True)]
+        if not rows:
+            return {}
+        if (limit := self.task.first_max_length) is not None:
+            for row, ids in zip(rows, _tokens(self.tokenizer, columns[0]), strict=True):
+                row[0] = self._prefix(row[0], limit) if len(ids) > limit else row[0]
+        encoded = self._encode(rows)
+        long = [index for index, ids in enumerate(encoded["input_ids"]) if len(ids) > self.max_length]
+        shorter = self._encode([self._shorten(rows[index]) for index in long]) if long else {}
+        for key, values in shorter.items():
+            for index, value in zip(long, values, strict=True):
+                encoded[key][index] = value
+        for row, ids in zip(rows, encoded["input_ids"], strict=True):
+            if ids.count(self.tokenizer.mask_token_id) != 1:
+                raise UserError(f"Once tokenised, {self._fill(row)!r} does not hold exactly one mask.")
+        return encoded
+
+    def _fill(self, sentences: Sequence[str]) -> str:
+        return "".join(piece if isinstance(piece, str) else sentences[piece] for piece in self.pieces)
+
+    def _encode(self, rows: Sequence[Sequence[str]]) -> dict[str, list[list[int]]]:
+        return dict(self.tokenizer([self._fill(row) for row in rows], verbose=False))
+
+    def _shorten(self, sentences: list[str]) -> list[str]:
+        # A cut can change how neighbours merge, so the prompt is measured again until it fits.
+        while (excess := len(self._encode([sentences])["input_ids"][0]) - self.max_length) > 0:
+            limits = [len(ids) for ids in _tokens(self.tokenizer, sentences)]
+            if not any(limits):
+                needed = f"the template of task {self.task.name!r} alone takes {self.max_length + excess} tokens"
+                raise UserError(f"max_length: {self.max_length} is too short, since {needed}.")
+            for _ in range(min(excess, sum(limits))):
+                limits[limits.index(max(limits))] -= 1
+            sentences = [self._prefix(text, limit) for text, limit in zip(sentences, limits, strict=True)]
+        return sentences
+
+    def _prefix(self, sentence: str, limit: int) -> str:
+        # The first `limit` tokens as text; a tokenizer without offsets loses a share of the characters instead.
+        while (count := len(_tokens(self.tokenizer, sentence))) > limit:
+            end = len(sentence) * limit // count
+            if self.tokenizer.is_fast:
+                end = self.tokenizer(sentence, add_special_tokens=False, verbose=False)[0].offsets[limit][0]
+            sentence = sentence[:end].rstrip()
+        return sentence
