@@ -1,6 +1,7 @@
 """Errors that a user can mend, and the one that names a missing extra."""
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
@@ -28,11 +29,8 @@ def require_extra(module: str, extra: str) -> ModuleType:
     Raises:
         MissingExtraError: If the module is not installed.
     """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != module.split(".")[0]:
-            raise
+    if importlib.util.find_spec(module.split(".")[0]) is None:
         raise MissingExtraError(
             f"{module} is needed here but not installed. Install it with: pip install 'hf_momentum[{extra}]'"
-        ) from error
+        )
+    return importlib.import_module(module)

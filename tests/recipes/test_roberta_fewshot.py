@@ -1,0 +1,221 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_roberta
+
+from hf_momentum.errors import UserError
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "roberta_fewshot.py"
+VOLATILE = ("train_seconds", "eval_seconds", "peak_memory_bytes")
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("roberta_fewshot", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny_roberta(tmp_path_factory.mktemp("tiny-roberta"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for split, rows in (("train", 12), ("test", 6)):
+        for task in ("sst-2", "snli"):
+            write_task(folder / task / f"{split}.jsonl", task, split, rows)
+    return folder
+
+
+def write_task(file: Path, task: str, split: str, rows: int) -> None:
+    file.parent.mkdir(exist_ok=True)
+    labels = {"sst-2": ["0", "1"], "snli": ["entailment", "neutral", "contradiction"]}[task]
+    lines = []
+    for index in range(rows):
+        line = {"sentence1": f"a {split} film number {index} .", "label": labels[index % len(labels)]}
+        lines.append(line | ({"sentence2": f"It has a number {index}"} if task == "snli" else {}))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def command(model, data, tmp_path):
+    """The recipe's command line on the tiny model; `changes` overrides options, None leaves one out."""
+
+    def build(**changes) -> list[str]:
+        options = {
+            "model": model,
+            "task": "sst-2",
+            "data_dir": data,
+            "k": 2,
+            "seeds": "13",
+            "optim": "sgdm",
+            "learning_rate": 0.1,
+            "max_steps": 4,
+            "output_dir": tmp_path / "out",
+            "use_cpu": "True",
+        }
+        words = []
+        for name, value in (options | changes).items():
+            words += [] if value is None else [f"--{name}", *str(value).split()]
+        return words
+
+    return build
+
+
+def records(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
+
+
+def grid(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "grid.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_the_whole_protocol_and_its_resumption(main, command, tmp_path, capsys):
+    file = grid(tmp_path, "learning_rate: [0.01, 1.0]\nper_device_train_batch_size: [2]\n")
+    argv = command(grid=file, learning_rate=None, optim="sgd sgdm", seeds="13 21")
+    main(argv)
+    output = capsys.readouterr().out
+    lines = records(tmp_path / "out")
+    assert [line["stage"] for line in lines].count("dev") == 8
+    tested = [line for line in lines if line["stage"] == "test"]
+    assert [(t["optim"], t["seed"]) for t in tested] == [
+        ("zero-shot", None), ("sgd", 13), ("sgdm", 13), ("sgd", 21), ("sgdm", 21)
+    ]  # fmt: skip
+    for pick in tested[1:]:
+        cells = [x for x in lines if x["stage"] == "dev" and (x["optim"], x["seed"]) == (pick["optim"], pick["seed"])]
+        assert pick["dev_accuracy"] == max(cell["dev_accuracy"] for cell in cells)
+        assert all(cell["test_accuracy"] is None for cell in cells)
+        assert pick["steps"] == 4
+        assert pick["optimizer_state_bytes"] == (0 if pick["optim"] == "sgd" else cells[0]["optimizer_state_bytes"])
+    assert {line["optimizer_state_bytes"] > 0 for line in lines if line["optim"] == "sgdm"} == {True}
+    assert "sgdm β=0.9 − sgd" in output
+    assert "paired over 2 seeds" in output
+    assert list((tmp_path / "out" / "picks").iterdir()) == []
+
+    written = (tmp_path / "out" / "results.jsonl").read_bytes()
+    main(argv)
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == written
+    again = capsys.readouterr().out
+    assert again[again.index("Test accuracy") :] == output[output.index("Test accuracy") :]
+
+
+def test_killed_and_started_again_it_ends_with_the_same_records(main, command, tmp_path):
+    file = grid(tmp_path, "learning_rate: [0.3, 0.1, 0.01]\n")
+    changes = {"grid": file, "learning_rate": None, "max_steps": 30}
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    main(command(output_dir=whole, **changes))
+    argv = command(output_dir=torn, **changes)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(RECIPE), *argv], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (torn / "results.jsonl").exists() and '"dev"' in (torn / "results.jsonl").read_text():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    finished = len(records(torn))
+    assert finished < len(records(whole))
+    main(argv)
+    assert records(torn) == records(whole)
+
+
+def test_single_runs_are_one_line_each_and_settings_show(main, command, tmp_path):
+    main(command(optim="sgd adamw_torch_fused", seeds="13", tuning="classifier", learning_rate=0.02))
+    sgd, adam = records(tmp_path / "out")
+    assert (sgd["optim"], sgd["effective_lr"], sgd["lr_form"], sgd["momentum"]) == ("sgd", 0.02, "effective", 0.0)
+    assert (adam["optim"], adam["learning_rate"], adam["effective_lr"]) == ("adamw_torch_fused", 0.02, None)
+    for record in (sgd, adam):
+        assert record["stage"] == "test"
+        assert 0 <= record["test_accuracy"] <= 1
+        assert record["batch_size"] == 8
+        assert record["packages"]["torch"]
+
+
+@pytest.mark.parametrize("tuning", ["prompt", "classifier"])
+def test_lora_trains_the_adapters_alone(main, command, tmp_path, tuning):
+    main(command(peft="lora", tuning=tuning, task="snli", optim="sgdm", zero_shot="False"))
+    (record,) = records(tmp_path / "out")
+    assert record["peft"] == "lora"
+    main(command(tuning=tuning, task="snli", optim="sgdm", zero_shot="False"))
+    assert record["optimizer_state_bytes"] < records(tmp_path / "out")[1]["optimizer_state_bytes"] / 2
+
+
+def test_a_users_own_task_and_config_file(main, command, tmp_path, data):
+    task = tmp_path / "mine.yaml"
+    task.write_text('name: sst-2\ntemplate: "Verdict: <mask>. {sentence1}"\nlabel_words: {"0": bad, "1": good}\n')
+    config = tmp_path / "config.yaml"
+    config.write_text("optim: [sgd]\nlearning_rate: 1e-1\nmax_steps: 2\n")
+    main(command(task=task, config=config, learning_rate=None, optim=None, max_steps=3))
+    zero_shot, record = records(tmp_path / "out")
+    assert zero_shot["optim"] == "zero-shot"
+    assert (record["optim"], record["learning_rate"], record["steps"]) == ("sgd", 0.1, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "sst2"}, "Unknown task 'sst2'.*did you mean 'sst-2'"),
+        ({"optim": "sgdn"}, "Unknown optimizer: 'sgdn'. Ours: sgd, sgdm, svag"),
+        ({"optim": "svag", "ell": "0.5"}, "(?i)invalid ell"),
+        ({"learning_rate": "-1"}, "Invalid learning rate: -1"),
+        ({"learning_rate": None}, "sgdm needs a learning rate.*recipes/grids/smoke.yaml"),
+        ({"momentum": "1.0"}, "Invalid momentum value: 1"),
+        ({"k": "0"}, "--k must be at least 1"),
+        ({"seed": "13"}, "use --seeds"),
+        ({"model": None}, "Name both --model"),
+        ({"task": None}, "Name both --model"),
+        ({"grid": "recipes/grids/smoke.yaml"}, "--learning_rate is given and also listed"),
+    ],
+)
+def test_bad_input_says_what_is_wrong(main, command, changes, message):
+    with pytest.raises(UserError, match=message):
+        main(command(**changes))
+
+
+def test_bad_data_says_where(main, command, tmp_path, data):
+    with pytest.raises(UserError, match="trec"):
+        main(command(task="trec"))
+    folder = tmp_path / "bad"
+    (folder / "sst-2").mkdir(parents=True)
+    write_task(folder / "sst-2" / "train.jsonl", "sst-2", "train", 4)
+    (folder / "sst-2" / "test.jsonl").write_text('{"sentence1": "a", "label": "0"}\n{"sentence1": \n')
+    with pytest.raises(UserError, match=r"test\.jsonl, line 2: not JSON"):
+        main(command(data_dir=folder))
+    (folder / "sst-2" / "test.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"test\.jsonl.*(empty|no example)"):
+        main(command(data_dir=folder))
+
+
+def test_a_label_word_of_two_tokens_is_refused_before_any_run(main, command, tmp_path):
+    task = tmp_path / "mine.yaml"
+    task.write_text('name: sst-2\ntemplate: "{sentence1} <mask>"\nlabel_words: {"0": excruciatingly, "1": good}\n')
+    with pytest.raises(UserError, match="'excruciatingly' of task 'sst-2' is not one token"):
+        main(command(task=task))
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_an_unknown_option_ends_the_command(main, command):
+    with pytest.raises(UserError, match="Unknown argument 'learning_rte' .did you mean 'learning_rate'"):
+        main([*command(), "--learning_rte", "0.1"])
+
+
+def test_the_command_line_shows_a_message_without_traceback(command):
+    result = subprocess.run([sys.executable, str(RECIPE), *command(k=0)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: --k must be at least 1, not 0."
+    assert "Traceback" not in result.stderr
