@@ -210,7 +210,7 @@ def test_a_label_word_of_two_tokens_is_refused_before_any_run(main, command, tmp
 
 
 def test_an_unknown_option_ends_the_command(main, command):
-    with pytest.raises(UserError, match="Unknown argument 'learning_rte' .did you mean 'learning_rate'"):
+    with pytest.raises(UserError, match=r"Unknown argument .learning_rte. .did you mean 'learning_rate'"):
         main([*command(), "--learning_rte", "0.1"])
 
 
