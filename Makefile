@@ -22,6 +22,7 @@ $(VENV)/.python:
 
 # An extra's stamp: .venv/.demo holds the extra `demo`, .venv/.dev the extra `dev`.
 $(VENV)/.%: setup.cfg pyproject.toml | $(VENV)/.python
+	@echo "Installing hf_momentum[$*] and what it needs into $(VENV): a few minutes the first time."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	touch $@
@@ -48,3 +49,7 @@ quality: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+
+bench: $(VENV)/.demo
+	$(BIN)/python scripts/bench_optim.py --shapes demo
+	$(BIN)/python scripts/bench_masked_lm.py

@@ -118,8 +118,7 @@ class Draw:
 
 def load_draws(few: FewShotArguments, training: RecipeTrainingArguments, grid: Grid, console: Console) -> list[Draw]:
     """Load every task and plan every run, so that a mistake shows before the first one starts."""
-    with PartialState().main_process_first():
-        tokenizer = AutoTokenizer.from_pretrained(model_path(few))
+    tokenizer = load_tokenizer(few)
     draws = []
     for task in map(get_task, few.task):
         if few.tuning == "prompt":
@@ -136,6 +135,16 @@ def load_draws(few: FewShotArguments, training: RecipeTrainingArguments, grid: G
             groups = plan_groups(training, grid, common | examples, seed)
             draws.append(Draw(few, task, data, tokenizer, groups))
     return draws
+
+
+def load_tokenizer(few: FewShotArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; a model that cannot be found shows here."""
+    with PartialState().main_process_first():
+        path = model_path(few)
+        try:
+            return AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"Cannot load --model {few.model}: {error}") from error
 
 
 def model_path(few: FewShotArguments) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -76,10 +77,13 @@ def accuracy_tables(rows: Sequence[Row]) -> list[Table]:
 
 def _accuracy_table(model: str, tuning: str, k: int, rows: Sequence[Row]) -> Table:
     title = escape(f"Test accuracy in %: {model}, {tuning} tuning, k={k}")
-    caption = "mean (population std) over seeds; the runs are picked on dev, per seed"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-    for name in ("task", "optimizer", "η or lr", "seeds", "dev", "test", "state MiB"):
-        table.add_column(name, justify="left" if name in {"task", "optimizer"} else "right", no_wrap=True)
+    caption = "mean (population std) over seeds, each run picked on dev; MiB: optimizer state"
+    layout = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", **layout)
+    for name in ("task", "optimizer"):
+        table.add_column(name, overflow="fold")
+    for name in ("η or lr", "seeds", "dev", "test", "MiB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for previous, row in itertools.pairwise([None, *rows]):
         if previous is not None and previous.setting != row.setting:
             table.add_section()

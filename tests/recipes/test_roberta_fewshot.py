@@ -178,6 +178,7 @@ def test_a_users_own_task_and_config_file(main, command, tmp_path, data):
         ({"k": "0"}, "--k must be at least 1"),
         ({"seed": "13"}, "use --seeds"),
         ({"model": None}, "Name both --model"),
+        ({"model": "no/such-model"}, "Cannot load --model no/such-model"),
         ({"task": None}, "Name both --model"),
         ({"grid": "recipes/grids/smoke.yaml"}, "--learning_rate is given and also listed"),
     ],
