@@ -13,7 +13,9 @@ _EXPORTS = {
     "effective_lr": "hf_momentum.optim",
     "heavy_ball_lr": "hf_momentum.optim",
     "averaged_lr": "hf_momentum.optim",
+    "MomentumGuard": "hf_momentum.training",
     "MomentumTrainingArguments": "hf_momentum.training",
+    "svag_arguments": "hf_momentum.training",
     "trainer_kwargs": "hf_momentum.training",
 }
 

@@ -63,11 +63,24 @@ def table(results: Annotated[list[Path], typer.Argument(help="Files of runs (res
 
 @app.command()
 def demo() -> None:
-    """Fetch the embedded demo (a small model and its data, 84 MB) into the user's cache."""
+    """Fetch the embedded demo (a small model and its data, 86 MB) into the user's cache."""
     from hf_momentum.tasks.demo import demo_model_path, fetch_demo
 
     fetch_demo()
     typer.echo(f"The demo is ready: {demo_model_path()}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and can run here, and check in seconds that training does what it should."""
+    from rich.console import Console
+    from transformers import logging
+
+    from hf_momentum.training.doctor import run_doctor
+
+    logging.set_verbosity_error()
+    if not run_doctor(Console()):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -286,7 +286,7 @@ def _fetch_into(folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed process
     (partial / "archives").mkdir(parents=True)
     try:
-        logger.info(f"Fetching the embedded demo (86 MB, once) into {folder}")
+        logger.warning(f"Fetching the embedded demo (86 MB, once) into {folder}")
         _download(partial / "archives")
         for archive in ARCHIVES:
             _extract(partial / "archives" / archive.filename, archive, partial / "demo")

@@ -91,6 +91,7 @@ class Task:
             template every word is None.
         max_length: Longest encoding in tokens, special tokens included.
         first_max_length: Longest first sentence of a prompt in tokens, or None for no limit of its own.
+        pair: Whether an example has two sentences. A template says so itself; without one it must be given.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Task:
     label_words: dict[str, str | None]
     max_length: int = 128
     first_max_length: int | None = None
+    pair: bool | None = None
 
     def __post_init__(self):
         if not self.name:
@@ -114,16 +116,17 @@ class Task:
                 raise UserError(f"label_words: label {label!r} has no word, which the template needs")
             if self.template is None and word is not None:
                 raise UserError(f"template: missing, although label {label!r} has the word {word!r}")
+        in_template = None if self.template is None else "{sentence2" in self.template
+        if self.pair is None and in_template is None:
+            raise UserError("pair: missing; a task without a template says pair: true or pair: false")
+        if None not in {self.pair, in_template} and self.pair != in_template:
+            raise UserError(f"pair: {str(self.pair).lower()} contradicts the template {self.template!r}; leave it out")
+        object.__setattr__(self, "pair", self.pair if in_template is None else in_template)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels; a label's position is its class index."""
         return tuple(self.label_words)
-
-    @property
-    def pair(self) -> bool:
-        """Whether the template takes two sentences."""
-        return "{sentence2" in (self.template or "")
 
 
 def _numbered(*words: str) -> dict[str, str | None]:
@@ -188,7 +191,8 @@ _FILE_HELP = """A task file:
   template: "{sentence1} It was <mask>."
   label_words: {negative: terrible, positive: great}
   max_length: 128            # optional, tokens
-  first_max_length: 110      # optional, tokens"""
+  first_max_length: 110      # optional, tokens
+  pair: false                # only without a template: whether examples have two sentences"""
 
 
 def _task_from_yaml(content: object) -> Task:
@@ -205,12 +209,15 @@ def _task_from_yaml(content: object) -> Task:
             raise UserError(f"{key}: expected a single value, got {value!r}")
         if key.endswith("max_length") and not (value.isascii() and value.isdigit() and int(value)):
             raise UserError(f"{key}: expected a positive whole number of tokens, got {value!r}")
+    if content.get("pair", "true").lower() not in {"true", "false"}:
+        raise UserError(f"pair: expected true or false, got {content['pair']!r}")
     for key in ("name", "label_words"):
         if key not in content:
             raise UserError(f"{key}: missing")
     words = {label: word or None for label, word in content["label_words"].items()}
     lengths = {key: int(value) for key, value in content.items() if key.endswith("max_length")}
-    return Task(content["name"], content.get("template") or None, words, **lengths)
+    pair = content["pair"].lower() == "true" if "pair" in content else None
+    return Task(content["name"], content.get("template") or None, words, pair=pair, **lengths)
 
 
 def _require_prompt(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:

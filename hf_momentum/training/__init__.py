@@ -1,24 +1,27 @@
 """How the optimizers plug into the Hugging Face Trainer: arguments, `trainer_kwargs` and callbacks."""
 
-import importlib
+from hf_momentum.training.arguments import FewShotArguments, MomentumTrainingArguments, RecipeTrainingArguments
+from hf_momentum.training.callbacks import (
+    MomentumGuard,
+    MomentumScheduleCallback,
+    OptimizerMemoryCallback,
+    SVAGCallback,
+)
+from hf_momentum.training.loss_scaling import honours_num_items_in_batch, normalise_loss_per_micro_batch
+from hf_momentum.training.svag_arguments import svag_arguments
+from hf_momentum.training.trainer_kwargs import OptimizerFactory, trainer_kwargs
 
-_EXPORTS = {
-    "MomentumTrainingArguments": "arguments",
-    "FewShotArguments": "arguments",
-    "RecipeTrainingArguments": "arguments",
-    "parse_recipe": "arguments",
-    "trainer_kwargs": "trainer_kwargs",
-    "OptimizerFactory": "trainer_kwargs",
-    "normalise_loss_per_micro_batch": "loss_scaling",
-    "honours_num_items_in_batch": "loss_scaling",
-}
-
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str):
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value  # over the submodule of the same name, which the import has just bound
-    return value
+__all__ = [
+    "FewShotArguments",
+    "MomentumGuard",
+    "MomentumScheduleCallback",
+    "MomentumTrainingArguments",
+    "OptimizerFactory",
+    "OptimizerMemoryCallback",
+    "RecipeTrainingArguments",
+    "SVAGCallback",
+    "honours_num_items_in_batch",
+    "normalise_loss_per_micro_batch",
+    "svag_arguments",
+    "trainer_kwargs",
+]

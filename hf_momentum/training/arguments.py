@@ -1,5 +1,6 @@
 """TrainingArguments that know momentum, ℓ and the learning rate's form."""
 
+import json
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -7,10 +8,13 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_momentum.errors import UserError
-from hf_momentum.optim import create_optimizer, get_optimizer_info, list_optimizers, svag_coefficients
+from hf_momentum.optim import MOMENTUM_SCHEDULES, get_optimizer_info, list_optimizers
+from hf_momentum.training.callbacks.momentum_schedule import get_schedule
+from hf_momentum.training.optimizers import build_optimizer
 
 TRAINER_DEFAULT_LR = 5e-5
 LR_FORMS = ("effective", "heavy_ball")
+_OUR_FIELDS = ("momentum", "ell", "lr_form", "momentum_schedule", "momentum_schedule_kwargs")
 
 
 def is_our_optimizer(name: str) -> bool:
@@ -58,7 +62,9 @@ class MomentumTrainingArguments(TrainingArguments):
         learning_rate: η of Eq. 3 of the paper, or γ of Eq. 1 under `lr_form="heavy_ball"`. Ours have no default.
         lr_form: `effective` (η, the default) or `heavy_ball` (γ; the optimizer then runs at η = γ/(1−β)).
         momentum: β of `sgdm` (default 0.9) and `svag` (default 0).
-        ell: ℓ of `svag`, a real number of at least 1.
+        ell: ℓ of `svag`, a real number of at least 1; the learning rate stays η, training runs at η/ℓ.
+        momentum_schedule: Name of a schedule of β for `sgdm`, in place of `momentum`.
+        momentum_schedule_kwargs: Its keywords, as a dict or JSON text.
     """
 
     optim: str = field(
@@ -88,8 +94,17 @@ class MomentumTrainingArguments(TrainingArguments):
     ell: float | None = field(
         default=None, metadata={"help": "ℓ ≥ 1 of svag: noise covariance × ℓ at learning rate η/ℓ."}
     )
+    momentum_schedule: str | None = field(
+        default=None,
+        metadata={"help": "β over the steps of sgdm, in place of --momentum.", "choices": list(MOMENTUM_SCHEDULES)},
+    )
+    momentum_schedule_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": """Keywords of --momentum_schedule as JSON, such as '{"start": 0.5, "end": 0.9}'."""},
+    )
 
     def __post_init__(self):
+        self.momentum_schedule_kwargs = _parsed(self.momentum_schedule_kwargs)
         name = check_optimizer_name(self.optim)
         if is_our_optimizer(name):
             self._check_ours(name)
@@ -116,20 +131,15 @@ class MomentumTrainingArguments(TrainingArguments):
                 "--learning_rate (0.01 and 0.1 are common first tries), or a grid of them with --grid, such as "
                 "recipes/grids/smoke.yaml or recipes/grids/paper.yaml."
             )
-        if name == "svag":
-            if self.ell is None:
-                raise UserError("svag needs ell, its ℓ: a real number of at least 1.")
-            svag_coefficients(self.ell)
-            raise UserError("svag needs its callback in the training loop, which is not part of this release yet.")
-        probe = [torch.zeros(1, requires_grad=True)]
-        create_optimizer(
-            name, probe, lr=self.learning_rate, momentum=self.momentum, lr_form=self.lr_form or LR_FORMS[0]
-        )
+        settings = {"lr_form": self.lr_form or LR_FORMS[0], "momentum": self.momentum, "ell": self.ell}
+        if self.momentum_schedule is not None:
+            settings["momentum_schedule"] = get_schedule(self.momentum_schedule, self.momentum_schedule_kwargs)
+        elif self.momentum_schedule_kwargs:
+            raise UserError("momentum_schedule_kwargs needs a momentum_schedule. Name the schedule too.")
+        build_optimizer([torch.zeros(1, requires_grad=True)], optim=name, lr=self.learning_rate, **settings)
 
     def _check_foreign(self, name: str) -> None:
-        given = [
-            f"{key}={getattr(self, key)}" for key in ("momentum", "ell", "lr_form") if getattr(self, key) is not None
-        ]
+        given = [f"{key}={getattr(self, key)}" for key in _OUR_FIELDS if getattr(self, key) is not None]
         if given:
             raise UserError(
                 f"{', '.join(given)} would be ignored by the Trainer's {name}. "
@@ -137,6 +147,18 @@ class MomentumTrainingArguments(TrainingArguments):
             )
         if self.learning_rate is None:
             self.learning_rate = TRAINER_DEFAULT_LR
+
+
+def _parsed(kwargs: dict | str | None) -> dict | None:
+    if not isinstance(kwargs, str):
+        return kwargs
+    try:
+        parsed = json.loads(kwargs)
+        if not isinstance(parsed, dict):
+            raise ValueError
+    except ValueError:
+        raise UserError(f'momentum_schedule_kwargs={kwargs!r} is no JSON object such as {{"end": 0.9}}.') from None
+    return parsed
 
 
 @dataclass
@@ -161,7 +183,7 @@ class RecipeTrainingArguments(MomentumTrainingArguments):
             raise UserError(f"--optim names an optimizer twice: {' '.join(names)}. Name each once.")
         ours = [name for name in names if is_our_optimizer(name)]
         self.optim = ours[0] if ours else names[0]
-        for key in ("momentum", "ell", "lr_form"):
+        for key in _OUR_FIELDS:
             if getattr(self, key) is not None and not any(self._takes(name, key) for name in names):
                 raise UserError(f"--{key} was given, but none of {', '.join(names)} takes it.")
         super().__post_init__()
@@ -169,6 +191,8 @@ class RecipeTrainingArguments(MomentumTrainingArguments):
 
     @staticmethod
     def _takes(name: str, key: str) -> bool:
+        if key in ("momentum_schedule", "momentum_schedule_kwargs"):
+            return name == "sgdm"
         return is_our_optimizer(name) and (key == "lr_form" or key in get_optimizer_info(name).hyperparameters)
 
     def _check_ours(self, name: str) -> None:
@@ -188,7 +212,7 @@ class RecipeTrainingArguments(MomentumTrainingArguments):
             Checked arguments.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        values |= {key: None for key in ("momentum", "ell", "lr_form") if not self._takes(optim, key)}
+        values |= {key: None for key in _OUR_FIELDS if not self._takes(optim, key)}
         return MomentumTrainingArguments(**values | {"optim": optim} | changes)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """The model that the Trainer asks for its loss: the one inside a PEFT wrapper, or the model itself.
+    """The model that the Trainer asks for its loss: inside `torch.compile` and a PEFT wrapper, or the model itself.
 
     Args:
         model: Any module.
@@ -22,6 +22,7 @@ def base_model_of(model: nn.Module) -> nn.Module:
     Returns:
         The unwrapped module.
     """
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
@@ -72,3 +73,20 @@ def normalise_loss_per_micro_batch(model: nn.Module) -> bool:
         return False
     base.accepts_loss_kwargs = False
     return True
+
+
+def trainer_misreads_loss(model: nn.Module) -> bool:
+    """Whether the Trainer's constructor takes this model's loss for normalised by `num_items_in_batch` when it is not.
+
+    Args:
+        model: The model as the Trainer gets it.
+
+    Returns:
+        False also where somebody set `accepts_loss_kwargs`, who is taken to know.
+    """
+    base = base_model_of(model)
+    if hasattr(base, "accepts_loss_kwargs"):
+        return False
+    parameters = inspect.signature(base.forward).parameters.values()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    return takes_any and not honours_num_items_in_batch(base)

@@ -7,26 +7,35 @@ from pathlib import Path
 
 import torch
 
+from hf_momentum.training.optimizers import innermost_optimizer
+
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def reset_peak_memory() -> None:
-    """Begin a new peak: of the accelerator if there is one, of the process where the kernel allows it."""
-    if torch.accelerator.is_available():
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak: of the accelerator, or on the CPU of the process where the kernel allows it.
+
+    Args:
+        device: Where the run computes.
+    """
+    if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats()
     else:
         with contextlib.suppress(OSError):
             _CLEAR_REFS.write_text("5")
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """The peak since `reset_peak_memory`.
 
+    Args:
+        device: Where the run computes.
+
     Returns:
-        Bytes allocated on the current accelerator; without one, the process's peak resident memory (Linux: since the
+        Bytes allocated on the current accelerator; on the CPU the process's peak resident memory (Linux: since the
         reset; elsewhere since its start).
     """
-    if torch.accelerator.is_available():
+    if device.type != "cpu":
         return torch.accelerator.max_memory_allocated()
     with contextlib.suppress(OSError, StopIteration):
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
@@ -43,7 +52,7 @@ def optimizer_state_bytes(optimizer) -> int:
     Returns:
         The bytes; 0 for plain SGD.
     """
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    state = innermost_optimizer(optimizer).state
+    tensors = [t for entry in state.values() for t in entry.values() if torch.is_tensor(t)]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]  # this process's part of a sharded one
+    return sum(t.numel() * t.element_size() for t in local)

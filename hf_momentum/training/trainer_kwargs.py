@@ -1,22 +1,35 @@
-"""What to splat into a stock Trainer: the optimizer factory, and the loss scaled as SGD needs it."""
+"""What to splat into a stock Trainer: the optimizer factory, and the callbacks that make it do what was asked."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_momentum.errors import UserError
-from hf_momentum.optim import create_optimizer, list_optimizers
-from hf_momentum.training.arguments import TRAINER_DEFAULT_LR, MomentumTrainingArguments, is_our_optimizer
+from hf_momentum.optim import MomentumSchedule, list_optimizers
+from hf_momentum.training.arguments import (
+    TRAINER_DEFAULT_LR,
+    MomentumTrainingArguments,
+    check_optimizer_name,
+    is_our_optimizer,
+)
+from hf_momentum.training.callbacks.guard import MomentumGuard
+from hf_momentum.training.callbacks.momentum_schedule import MomentumScheduleCallback, get_schedule
 from hf_momentum.training.loss_scaling import normalise_loss_per_micro_batch
+from hf_momentum.training.optimizers import build_optimizer
 
 _SHARED = {  # keyword of trainer_kwargs → field of the training arguments
     "optim": "optim",
     "lr": "learning_rate",
     "lr_form": "lr_form",
     "momentum": "momentum",
+    "ell": "ell",
     "weight_decay": "weight_decay",
+    "momentum_schedule": "momentum_schedule",
+    "momentum_schedule_kwargs": "momentum_schedule_kwargs",
 }
 
 
@@ -27,64 +40,147 @@ class OptimizerFactory:
     FSDP as well (an instance in `optimizers=` is dropped under DeepSpeed, trap 2).
     """
 
-    def __call__(self, model: nn.Module, *, args: TrainingArguments | None = None, **given) -> torch.optim.Optimizer:
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        args: TrainingArguments | None = None,
+        svag: TrainerCallback | None = None,
+        **given: Any,
+    ) -> torch.optim.Optimizer:
         """Build the optimizer over the model's trainable parameters.
 
         Args:
             model: The model as the Trainer prepared it.
             args: Training arguments, read now and not earlier, so that a hyperparameter search takes effect.
-            **given: `optim`, `lr`, `lr_form`, `momentum`, `weight_decay` as given to `trainer_kwargs`.
+            svag: The run's `SVAGCallback`, which gets the same ℓ as the learning rate.
+            **given: The settings given to `trainer_kwargs`.
 
         Returns:
             The optimizer, its two groups (with and without weight decay) always in the same order.
+
+        Raises:
+            UserError: If the settings are not allowed, or the arguments have changed between SVAG and another
+                optimizer since the callbacks were made.
         """
         settings = merge_settings(args, given)
-        return create_optimizer(settings.pop("optim"), model, **settings)
+        if (svag is not None) != (settings["optim"] == "svag"):
+            raise UserError(
+                f"optim is {settings['optim']!r} now, but the callbacks were made for another optimizer. "
+                "Call trainer_kwargs once more and build a new Trainer."
+            )
+        if svag is not None:
+            svag.ell = settings["ell"]
+        return build_optimizer(model, **settings)
 
 
 def trainer_kwargs(
-    model: nn.Module,
+    model: nn.Module | None = None,
     args: TrainingArguments | None = None,
     *,
+    model_init: Callable[..., nn.Module] | None = None,
     optim: str | None = None,
     lr: float | None = None,
     lr_form: str | None = None,
     momentum: float | None = None,
+    ell: float | None = None,
     weight_decay: float | None = None,
+    momentum_schedule: str | MomentumSchedule | None = None,
+    momentum_schedule_kwargs: dict[str, Any] | None = None,
+    override: bool = False,
+    allow_clipping: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Keyword arguments for a stock `transformers.Trainer` that trains `model` with SGD or SGDM.
+    """Keyword arguments for a stock `transformers.Trainer` that trains with SGD, SGDM or SVAG.
 
     `Trainer(model=model, args=args, ..., **trainer_kwargs(model, optim="sgdm", lr=1e-2, momentum=0.9))`
 
     Also sets `accepts_loss_kwargs = False` on a model whose loss is a plain mean, so that the Trainer divides it by
-    the accumulation steps (see `hf_momentum.training.loss_scaling`): call it before the Trainer is built.
+    the accumulation steps (see `hf_momentum.training.loss_scaling`): call it before the Trainer is built. A
+    `compute_loss_func` of your own must return `sum / num_items_in_batch`, not a mean: the Trainer multiplies what it
+    returns by the number of processes and divides it by nothing. It cannot be combined with SVAG.
+
+    Make a new Trainer, with new keyword arguments, for every run.
 
     Args:
-        model: The model to be trained; a PEFT model too.
+        model: The model to be trained; a PEFT model too. None with `model_init`.
         args: The Trainer's arguments. What is not given here is read from them when the optimizer is built, from
             `MomentumTrainingArguments` all of it, from plain `TrainingArguments` the learning rate and weight decay.
-        optim: `sgd` or `sgdm`. With `args` whose `optim` is one of the Trainer's own names, only the loss is mended.
-        lr: η, or γ under `lr_form="heavy_ball"`.
+        model_init: The Trainer's `model_init`, where it makes the models itself; it is part of the result.
+        optim: `sgd`, `sgdm` or `svag`. With `args` whose `optim` is one of the Trainer's own names, only the loss is
+            mended.
+        lr: η, or γ under `lr_form="heavy_ball"`. SVAG trains at η/ℓ; give η.
         lr_form: `effective` (default) or `heavy_ball`.
-        momentum: β in [0, 1), for `sgdm`; 0.9 unless given.
+        momentum: β in [0, 1); 0.9 for `sgdm` and 0 for `svag` unless given, none for `sgd`.
+        ell: ℓ ≥ 1 of `svag`, which needs it. For the steps × ℓ see `svag_arguments`.
         weight_decay: L2 coefficient, on weights only; 0 unless given.
+        momentum_schedule: β over the steps, for `sgdm`, in place of `momentum`: a name of `MOMENTUM_SCHEDULES`, or a
+            function of step, total steps and learning rate.
+        momentum_schedule_kwargs: Keywords of a schedule that is named, such as `{"start": 0.5, "end": 0.9}`.
+        override: After a resume go on with these hyperparameters where the checkpoint has others, instead of raising.
+        allow_clipping: Let SVAG run with `max_grad_norm > 0`.
+        callbacks: Your own, which go after ours.
 
     Returns:
-        A dictionary with `optimizer_cls_and_kwargs`, or an empty one for an optimizer of the Trainer's own.
+        A dictionary with `callbacks`, `optimizer_cls_and_kwargs` and, where given, `model_init`; for an optimizer of
+        the Trainer's own with your callbacks alone.
+
+    Raises:
+        UserError: If a setting is missing, not allowed or contradicts the training arguments.
     """
-    given = {"optim": optim, "lr": lr, "lr_form": lr_form, "momentum": momentum, "weight_decay": weight_decay}
+    if (model is None) == (model_init is None) or not isinstance(model, nn.Module | None):
+        raise UserError("Give trainer_kwargs what the Trainer gets: either the model, loaded, or model_init=.")
+    given = {
+        "optim": optim,
+        "lr": lr,
+        "lr_form": lr_form,
+        "momentum": momentum,
+        "ell": ell,
+        "weight_decay": weight_decay,
+        "momentum_schedule": momentum_schedule,
+        "momentum_schedule_kwargs": momentum_schedule_kwargs,
+    }
     given = {key: value for key, value in given.items() if value is not None}
+    kwargs = {"callbacks": list(callbacks)}
+    if model_init is not None:
+        kwargs["model_init"] = _with_mended_loss(model_init)
     own = isinstance(args, TrainingArguments) and optim is None and not is_our_optimizer(str(args.optim))
+    if own and given:
+        name = check_optimizer_name(args.optim)
+        raise UserError(f"{min(given)} is of no use to the Trainer's own {name}. Name the optimizer: optim=.")
     if not own:
         settings = merge_settings(args, given)
-        probe = [nn.Parameter(torch.zeros(1))]
-        create_optimizer(settings.pop("optim"), probe, **settings)  # a mistake shows now, not in train()
-    normalise_loss_per_micro_batch(model)
-    return {} if own else {"optimizer_cls_and_kwargs": (OptimizerFactory, {"args": args, **given})}
+        build_optimizer([nn.Parameter(torch.zeros(1))], **settings)  # a mistake shows now, not in train()
+        ours = [MomentumGuard(override=override), *_callbacks(settings, allow_clipping)]
+        svag = ours[1] if settings["optim"] == "svag" else None
+        kwargs["optimizer_cls_and_kwargs"] = (OptimizerFactory, {"args": args, "svag": svag, **given})
+        kwargs["callbacks"] = [*ours, *callbacks]
+    if model is not None:
+        normalise_loss_per_micro_batch(model)
+    return kwargs
+
+
+def _callbacks(settings: dict[str, Any], allow_clipping: bool) -> list[TrainerCallback]:
+    if settings["optim"] == "svag":
+        from hf_momentum.training.callbacks.svag import SVAGCallback
+
+        return [SVAGCallback(settings["ell"], allow_clipping=allow_clipping)]
+    schedule = settings.get("momentum_schedule")
+    return [] if schedule is None else [MomentumScheduleCallback(schedule)]
+
+
+def _with_mended_loss(model_init: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(model_init)  # the Trainer counts its arguments
+    def mended(*args: Any) -> nn.Module:
+        model = model_init(*args)
+        normalise_loss_per_micro_batch(model)
+        return model
+
+    return mended
 
 
 def merge_settings(args: TrainingArguments | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Join the training arguments with explicit settings for `create_optimizer`.
+    """Join the training arguments with explicit settings for `build_optimizer`.
 
     Args:
         args: Training arguments or None. The Trainer's own defaults of `optim`, `learning_rate` and
@@ -92,7 +188,7 @@ def merge_settings(args: TrainingArguments | None, given: dict[str, Any]) -> dic
         given: Explicit settings under the keywords of `trainer_kwargs`.
 
     Returns:
-        The settings, `optim` and `lr` among them, without the unset ones.
+        The settings, `optim` and `lr` among them, without the unset ones; a momentum schedule as an object.
 
     Raises:
         UserError: If the two contradict each other, or the optimizer or the learning rate is missing.
@@ -111,6 +207,11 @@ def merge_settings(args: TrainingArguments | None, given: dict[str, Any]) -> dic
         raise UserError(f"Name the optimizer: optim= one of {', '.join(list_optimizers())}.")
     if settings.get("lr") is None:
         raise UserError("Give a learning rate: lr=, or learning_rate in the training arguments.")
+    schedule, kwargs = settings.get("momentum_schedule"), settings.pop("momentum_schedule_kwargs", None)
+    if schedule is not None:
+        settings["momentum_schedule"] = get_schedule(schedule, kwargs)
+    elif kwargs:
+        raise UserError(f"momentum_schedule_kwargs={kwargs} without a momentum_schedule. Name the schedule too.")
     return settings
 
 

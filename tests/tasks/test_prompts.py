@@ -144,9 +144,9 @@ def test_a_users_own_task_is_read_from_yaml(tmp_path):
 
 def test_a_task_for_a_classifier_needs_no_words(tmp_path, roberta):
     path = tmp_path / "plain.yml"
-    path.write_text("name: plain\nlabel_words:\n  spam:\n  ham:\n")
+    path.write_text("name: plain\npair: true\nlabel_words:\n  spam:\n  ham:\n")
     task = get_task(str(path))
-    assert task.labels == ("spam", "ham") and task.template is None and not task.pair
+    assert task.labels == ("spam", "ham") and task.template is None and task.pair
     with pytest.raises(UserError, match=r"'plain' has no template.*--tuning classifier"):
         PromptEncoder(task, roberta)
     with pytest.raises(UserError, match="has no template"):
@@ -160,6 +160,9 @@ GOOD = {"name": "mine", "template": "{sentence1} <mask>", "label_words": {"a": "
     ("change", "message"),
     [
         ({"name": None}, "name: missing"),
+        ({"template": None, "label_words": {"a": "", "b": ""}}, "pair: missing; a task without a template"),
+        ({"pair": "true"}, "pair: true contradicts the template"),
+        ({"pair": "maybe"}, "pair: expected true or false, got 'maybe'"),
         ({"label_words": None}, "label_words: missing"),
         ({"label_words": "good"}, "label_words: expected two or more lines 'label: word'"),
         ({"label_words": ["good", "bad"]}, "label_words: expected"),

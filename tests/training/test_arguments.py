@@ -7,6 +7,7 @@ from tiny_models import TokenRows, tiny_classifier
 from transformers import HfArgumentParser, Trainer
 from transformers.training_args import OptimizerNames
 
+from hf_momentum import trainer_kwargs
 from hf_momentum.errors import UserError
 from hf_momentum.training import FewShotArguments, MomentumTrainingArguments, RecipeTrainingArguments
 
@@ -45,6 +46,23 @@ def test_command_line_json_and_dict_round_trip(tmp_path):
     assert fields_of(parser.parse_json_file(file)[0]) == SGDM
 
 
+def test_a_momentum_schedule_round_trips(tmp_path):
+    parser, kwargs = HfArgumentParser(MomentumTrainingArguments), {"start": 0.0, "end": 0.9}
+    argv = ["--output_dir", str(tmp_path), "--learning_rate", "0.1", "--momentum_schedule", "linear"]
+    args = parser.parse_args_into_dataclasses([*argv, "--momentum_schedule_kwargs", json.dumps(kwargs)])[0]
+    again = parser.parse_dict(json.loads(args.to_json_string()), allow_extra_keys=True)[0]
+    for copied in (args, again, dataclasses.replace(args, learning_rate=0.2)):
+        assert (copied.momentum_schedule, copied.momentum_schedule_kwargs) == ("linear", kwargs)
+    model = tiny_classifier()
+    trainer = Trainer(model=model, args=args, train_dataset=TokenRows(), **trainer_kwargs(model, args))
+    assert trainer.create_optimizer().param_groups[0]["momentum_schedule"].startswith("LinearMomentum(start=0.0")
+
+
+def test_svag_is_allowed(tmp_path):
+    args = ours(tmp_path, optim="svag", momentum=None, lr_form=None, ell=2.0)
+    assert (args.optim, args.ell, args.learning_rate) == ("svag", 2.0, 0.1)
+
+
 def test_training_args_bin_round_trip(tmp_path):
     torch.save(ours(tmp_path), tmp_path / "training_args.bin")
     assert fields_of(torch.load(tmp_path / "training_args.bin", weights_only=False)) == SGDM
@@ -77,6 +95,16 @@ def test_a_stock_trainer_without_our_factory_refuses_our_names(tmp_path):
         ({"ell": 2.0}, "ell=2.0: sgdm has none. It belongs to svag"),
         ({"optim": "sgd"}, "momentum=0.8: sgd has none. It belongs to sgdm, svag"),
         ({"optim": "adamw_torch"}, r"momentum=0.8, lr_form=heavy_ball would be ignored by the Trainer's adamw_torch"),
+        ({"optim": "svag", "momentum": None}, "svag needs ell"),
+        ({"optim": "svag", "momentum": None, "ell": 0.5}, "Invalid ell: 0.5"),
+        (
+            {"momentum": None, "lr_form": None, "momentum_schedule": "lineal"},
+            "schedule 'lineal'. Did you mean 'linear'",
+        ),
+        ({"momentum": None, "lr_form": None, "momentum_schedule": "linear"}, "'linear' needs start and end"),
+        ({"lr_form": None, "momentum_schedule": "constant"}, "momentum=0.8 and momentum_schedule both"),
+        ({"momentum_schedule_kwargs": {"end": 0.9}}, "needs a momentum_schedule"),
+        ({"momentum_schedule_kwargs": "end=0.9"}, "momentum_schedule_kwargs='end=0.9' is no JSON object"),
         ({"optim_args": "weight_decay=0.1"}, "optim_args='weight_decay=0.1' has no effect on sgdm"),
     ],
 )
@@ -99,11 +127,21 @@ def test_a_recipe_takes_several_optimizers_and_gives_each_its_share(tmp_path):
     assert args.for_run("adamw_torch_fused").learning_rate == 5e-5
 
 
+def test_a_recipe_gives_a_schedule_to_sgdm_and_ell_to_svag(tmp_path):
+    schedule = ["--momentum_schedule", "linear", "--momentum_schedule_kwargs", '{"start": 0.0, "end": 0.9}']
+    args = recipe(tmp_path, "--optim", "sgd", "sgdm", "svag", "--ell", "2", *schedule)
+    runs = [args.for_run(name, learning_rate=0.1) for name in args.optim]
+    assert [run.momentum_schedule for run in runs] == [None, "linear", None]
+    assert [run.momentum_schedule_kwargs for run in runs] == [None, {"start": 0.0, "end": 0.9}, None]
+    assert [run.ell for run in runs] == [None, None, 2.0]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--optim", "sgd", "--momentum", "0.9"], "--momentum was given, but none of sgd takes it"),
         (["--optim", "adamw_torch", "--lr_form", "effective"], "--lr_form was given, but none of adamw_torch"),
+        (["--optim", "svag", "--ell", "2", "--momentum_schedule", "constant"], "but none of svag takes it"),
         (["--optim", "sgd", "sgd"], "names an optimizer twice"),
         (["--optim", "sgd", "adam"], "Unknown optimizer: 'adam'"),
     ],

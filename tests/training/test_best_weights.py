@@ -91,8 +91,7 @@ def test_in_a_stock_trainer_the_best_evaluation_stands_at_the_end(tmp_path):
         train_dataset=rows,
         eval_dataset=rows,
         compute_metrics=metrics,
-        callbacks=[BestWeightsCallback()],
-        **trainer_kwargs(model, args),
+        **trainer_kwargs(model, args, callbacks=[BestWeightsCallback()]),
     )
     trainer.train()
     for name, tensor in trained_state(model).items():

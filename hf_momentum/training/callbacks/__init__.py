@@ -1,6 +1,21 @@
 """Callbacks for a stock Trainer, one file each."""
 
-from hf_momentum.training.callbacks.best_weights import BestWeightsCallback
-from hf_momentum.training.callbacks.progress import RunProgressCallback, run_progress
+import importlib
 
-__all__ = ["BestWeightsCallback", "RunProgressCallback", "run_progress"]
+_EXPORTS = {
+    "BestWeightsCallback": "best_weights",
+    "MomentumGuard": "guard",
+    "MomentumScheduleCallback": "momentum_schedule",
+    "OptimizerMemoryCallback": "memory",
+    "RunProgressCallback": "progress",
+    "SVAGCallback": "svag",
+    "run_progress": "progress",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
