@@ -1,6 +1,7 @@
 # Everything runs in a virtual environment of the project's own, made on first use.
 #   make fewshot    the main job on the embedded demo
 #   make test       the tests
+#   make upstream   the traps in the libraries below, shown on them alone
 #   make style      format and mend what can be mended
 #   make quality    all checks of style, docstrings and layers
 #   make bench      the benchmarks at a small size
@@ -11,6 +12,8 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1
 BIN := $(VENV)/bin
 SOURCES := hf_momentum recipes scripts tests
+# One process, and no traceback of the launcher's own after a user's mistake.
+LAUNCH := accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: fewshot test demo-test upstream style quality bench clean
 .DELETE_ON_ERROR:
@@ -28,7 +31,7 @@ $(VENV)/.%: setup.cfg pyproject.toml | $(VENV)/.python
 	touch $@
 
 fewshot: $(VENV)/.demo
-	$(BIN)/accelerate launch recipes/roberta_fewshot.py --optim sgdm $(ARGS)
+	$(BIN)/$(LAUNCH) recipes/roberta_fewshot.py $(or $(ARGS),--optim sgdm)
 
 # One thread per worker: the tests are many and small.
 test: $(VENV)/.dev
@@ -37,6 +40,10 @@ test: $(VENV)/.dev
 demo-test: $(VENV)/.dev
 	$(BIN)/hf-momentum demo
 	$(BIN)/python -m pytest -m demo $(ARGS)
+
+# The traps of the libraries below, shown on them alone: a failure says that a new release has mended one.
+upstream: $(VENV)/.dev
+	$(BIN)/python -m pytest -m upstream $(ARGS)
 
 style: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)

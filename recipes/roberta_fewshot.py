@@ -1,4 +1,4 @@
-r"""Few-shot fine-tuning with SGD, SGDM or any optimizer of the Trainer, by the protocol of the paper's tables.
+r"""Few-shot fine-tuning with SGD, SGDM, SVAG or any optimizer of the Trainer, by the protocol of the paper's tables.
 
 Per task, optimizer and seed: draw k examples per class, train on every cell of the grid, pick the best on dev, test
 the pick once. The table shows mean (std) of the test accuracy over seeds. Every finished run is a line of
@@ -11,17 +11,19 @@ OUTPUT_DIR/results.jsonl; started again, the command skips what is finished.
                             --task my_task.yaml --data_dir my_data --optim sgdm --learning_rate 0.01
 """
 
+import dataclasses
 import gc
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -45,10 +47,19 @@ from hf_momentum.tasks.metrics import compute_metrics
 from hf_momentum.tasks.prompts import ClassifierEncoder, PromptEncoder, Task, get_task, label_word_ids
 from hf_momentum.tasks.sources import load_fewshot
 from hf_momentum.training import FewShotArguments, RecipeTrainingArguments, trainer_kwargs
+from hf_momentum.training.arguments import TRAINER_DEFAULT_LR, is_our_optimizer
 from hf_momentum.training.callbacks import BestWeightsCallback, RunProgressCallback, run_progress
-from hf_momentum.training.command_line import given_options, option, parse_arguments, read_yaml, run_command
+from hf_momentum.training.command_line import (
+    as_options,
+    given_options,
+    option,
+    parse_arguments,
+    read_yaml,
+    run_command,
+)
+from hf_momentum.training.grid import Grid, read_grid
 from hf_momentum.training.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
-from hf_momentum.training.protocol import Grid, Group, Run, is_sharded, optimizer_fields, plan_groups, read_grid
+from hf_momentum.training.protocol import Group, Run, is_sharded, plan_groups, without_clipping_beside_svag
 from hf_momentum.training.run_store import RunStore
 
 DEFAULTS = {
@@ -63,88 +74,47 @@ DEFAULTS = {
     "report_to": "none",
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
-DEMO = {
-    "model": "demo",
-    "task": ["movie-snippets-2"],
-    "seeds": [13, 21, 42],
-    "learning_rate": 0.1,
-    "max_steps": 100,
+DEMO = {"model": "demo", "task": ["movie-snippets-2"], "seeds": [13, 21, 42]}
+DEMO_STEPS, DEMO_LR = 100, 0.1
+NOT_HERE = {
+    "seed": "the seeds are those of --seeds, one run each",
+    "load_best_model_at_end": "the recipe keeps the best weights on dev by itself",
+    "resume_from_checkpoint": "the same command started again goes on by itself",
 }
 
 
 def parse(argv: Sequence[str]) -> tuple[FewShotArguments, RecipeTrainingArguments, Grid]:
-    """Read the command line; a grid and a config file supply defaults, and no model and no task means the demo."""
-    grid = read_grid(option(argv, "grid")) if option(argv, "grid") else Grid()
-    config = read_yaml(option(argv, "config")) if option(argv, "config") else {}
-    given = given_options(argv) | config.keys()
+    """Read the command line. Files come before it, so that it wins; no model and no task means the demo."""
+    if path := option(argv, "config"):
+        argv = [*as_options(read_yaml(path)), *argv]
+    path = option(argv, "grid")
+    grid, given = read_grid(path) if path else Grid(), given_options(argv)
     if both := given & grid.swept:
-        raise UserError(f"--{min(both)} is given and also listed in {option(argv, 'grid')}. Give it in one place.")
-    demo = {} if given & {"model", "task", "help"} else {k: v for k, v in DEMO.items() if k not in grid.swept}
-    defaults = DEFAULTS | demo | grid.defaults | config
+        raise UserError(f"--{min(both)} is given and also listed in {path}. Give it in one place.")
+    if misplaced := given & NOT_HERE.keys():
+        raise UserError(f"--{min(misplaced)} has no place here: {NOT_HERE[min(misplaced)]}.")
+    argv = [*as_options(grid.defaults | {"optim": grid.optim}), *argv]
+    defaults = DEFAULTS | (DEMO if given_options(argv).isdisjoint({"model", "task"}) else {})
     few, training = parse_arguments([FewShotArguments, RecipeTrainingArguments], argv, defaults, __doc__)
     if not few.model or not few.task:
         raise UserError("Name both --model (such as FacebookAI/roberta-large, or demo) and --task, or neither.")
-    if "seed" in given:
-        raise UserError("--seed is set by --seeds, one run per seed: use --seeds.")
+    if training.eval_strategy == "no":
+        raise UserError("--eval_strategy no: the protocol picks on dev. Use steps or epoch.")
+    without_clipping_beside_svag(training, explicit="max_grad_norm" in given)
     few.tuning = few.tuning or ("classifier" if few.model == "demo" else "prompt")
+    if "model" in defaults:
+        grid = add_demo_settings(training, grid, given_options(argv))
     return few, training, grid
 
 
-@dataclass
-class Draw:
-    """One task with one seed: what all of its runs share."""
-
-    few: FewShotArguments
-    task: Task
-    data: TaskData
-    tokenizer: PreTrainedTokenizerBase
-    groups: list[Group]
-
-    @cached_property
-    def encoder(self) -> Callable:
-        """Turns sentences into token ids."""
-        return (PromptEncoder if self.few.tuning == "prompt" else ClassifierEncoder)(self.task, self.tokenizer)
-
-    @cached_property
-    def rows(self) -> dict[str, list[dict]]:
-        """The tokenised splits, made once for all runs; those to evaluate on sorted by length."""
-        splits = {"train": self.data.train, "dev": self.data.dev, "test": self.data.test}
-        labels = self.task.labels
-        return {
-            name: encode_examples(self.encoder, examples, labels, sort_by_length=name != "train")
-            for name, examples in splits.items()
-        }
-
-
-def load_draws(few: FewShotArguments, training: RecipeTrainingArguments, grid: Grid, console: Console) -> list[Draw]:
-    """Load every task and plan every run, so that a mistake shows before the first one starts."""
-    tokenizer = load_tokenizer(few)
-    draws = []
-    for task in map(get_task, few.task):
-        if few.tuning == "prompt":
-            label_word_ids(task, tokenizer)
-        with PartialState().main_process_first():
-            splits = load_fewshot(
-                task.name, task.labels, few.k, few.seeds, pair=task.pair, data_dir=few.data_dir, hub_id=few.hub_id
-            )
-        data = next(iter(splits.values()))
-        console.print(f"{task.name}: {data.source}", *filter(None, [data.mapping_note]), sep="\n", markup=False)
-        common = {"task": task.name, "model": few.model, "tuning": few.tuning, "peft": few.peft, "k": few.k}
-        for seed, data in splits.items():
-            examples = {"data": identifier({"train": data.train, "dev": data.dev, "test": data.test})}
-            groups = plan_groups(training, grid, common | examples, seed)
-            draws.append(Draw(few, task, data, tokenizer, groups))
-    return draws
-
-
-def load_tokenizer(few: FewShotArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; a model that cannot be found shows here."""
-    with PartialState().main_process_first():
-        path = model_path(few)
-        try:
-            return AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"Cannot load --model {few.model}: {error}") from error
+def add_demo_settings(training: RecipeTrainingArguments, grid: Grid, given: set[str]) -> Grid:
+    """The demo brings a number of steps, and a learning rate for SGD, SGDM and SVAG."""
+    if given.isdisjoint({"max_steps", "num_train_epochs"}):
+        training.max_steps = DEMO_STEPS
+    if given & {"learning_rate", "lr_form"} or "learning_rate" in grid.swept:
+        return grid
+    rates = {name: [DEMO_LR if is_our_optimizer(name) else TRAINER_DEFAULT_LR] for name in training.optim}
+    return dataclasses.replace(grid, learning_rate=rates)
 
 
 def model_path(few: FewShotArguments) -> str:
@@ -152,15 +122,35 @@ def model_path(few: FewShotArguments) -> str:
     return str(demo_model_path()) if few.model == "demo" else few.model
 
 
-def build_model(draw: Draw, seed: int) -> nn.Module:
-    """Load the model with the label words at the mask, or with a new head; initialise what is new by the seed."""
-    few, path = draw.few, model_path(draw.few)
+def load_tokenizer(few: FewShotArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; a model that cannot be found shows here."""
+    with PartialState().main_process_first():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_path(few))
+        except (OSError, ValueError) as error:
+            raise UserError(f"Cannot load --model {few.model}: {error}") from error
+    if tokenizer.pad_token is None:
+        raise UserError(f"The tokenizer of {few.model} has no pad token. Choose an encoder such as RoBERTa or BERT.")
+    return tokenizer
+
+
+def build_model(few: FewShotArguments, task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
+    """The model with the label words at the mask, or with a new head; what is new is initialised by the seed.
+
+    In float32, whatever the checkpoint holds: SGD's small updates would be rounded away in half precision. `--bf16`
+    and `--fp16` train in mixed precision.
+    """
     set_seed(seed)
-    if few.tuning == "prompt":
-        model = load_masked_lm(path)
-        LabelWordHead(draw.tokenizer.mask_token_id, label_word_ids(draw.task, draw.tokenizer)).attach(model)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(draw.task.labels))
+    try:
+        if few.tuning == "prompt":
+            model = load_masked_lm(model_path(few), dtype=torch.float32)
+            LabelWordHead(tokenizer.mask_token_id, label_word_ids(task, tokenizer)).attach(model)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                model_path(few), num_labels=len(task.labels), dtype=torch.float32
+            )
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, UserError) else UserError(f"Cannot load {few.model}: {error}") from error
     if few.peft == "lora":
         peft = require_extra("peft", "text")
         kind = "SEQ_CLS" if few.tuning == "classifier" else None
@@ -168,129 +158,192 @@ def build_model(draw: Draw, seed: int) -> nn.Module:
     return model
 
 
-def build_trainer(draw: Draw, run: Run, progress: Progress) -> Trainer:
-    """A stock Trainer, with our optimizer splatted in and the best weights kept."""
-    model = build_model(draw, run.arguments.seed)
-    kwargs = trainer_kwargs(model, run.arguments)
-    callbacks = [RunProgressCallback(progress, f"  {run.label}"), *kwargs.pop("callbacks", [])]
-    if not run.arguments.load_best_model_at_end:
-        callbacks.append(BestWeightsCallback("accuracy"))
-    trainer = Trainer(
-        model=model,
-        args=run.arguments,
-        train_dataset=draw.rows["train"],
-        eval_dataset=draw.rows["dev"],
-        data_collator=DataCollatorWithPadding(draw.tokenizer),
-        compute_metrics=compute_metrics,
-        callbacks=callbacks,
-        **kwargs,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+@dataclass
+class TaskRuns:
+    """All runs of one task with one seed."""
+
+    few: FewShotArguments
+    task: Task
+    data: TaskData
+    tokenizer: PreTrainedTokenizerBase
+    groups: list[Group]
+    store: RunStore
+
+    def tokenise(self) -> None:
+        """Tokenise the splits, once for all runs; those to evaluate on are sorted by length."""
+        encoder = (PromptEncoder if self.few.tuning == "prompt" else ClassifierEncoder)(self.task, self.tokenizer)
+        labels = self.task.labels
+        self.train_rows = encode_examples(encoder, self.data.train, labels)
+        self.dev_rows = encode_examples(encoder, self.data.dev, labels, sort_by_length=True)
+        self.test_rows = encode_examples(encoder, self.data.test, labels, sort_by_length=True)
+
+    def build_trainer(self, run: Run, progress: Progress) -> Trainer:
+        """A stock Trainer, with our optimizer splatted in and the best weights kept."""
+        model = build_model(self.few, self.task, self.tokenizer, run.arguments.seed)
+        arguments, callbacks = run.arguments, [RunProgressCallback(progress, f"  {run.label}")]
+        if is_sharded(arguments):
+            arguments = dataclasses.replace(arguments, output_dir=str(self.checkpoints(run)))
+        else:
+            callbacks.append(BestWeightsCallback("accuracy"))
+        kwargs = trainer_kwargs(model, arguments, callbacks=callbacks)
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=self.train_rows,
+            eval_dataset=self.dev_rows,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            compute_metrics=compute_metrics,
+            **kwargs,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def checkpoints(self, run: Run) -> Path:
+        """Where DeepSpeed and FSDP keep a run's best weights."""
+        return self.store.folder / "checkpoints" / run.run_id
+
+    def train(self, run: Run, group: Group, progress: Progress) -> None:
+        """Train one cell of the grid and record it; a group's only run is tested at once."""
+        reset_peak_memory(run.arguments.device)
+        trainer = self.build_trainer(run, progress)
+        result = trainer.train()
+        evaluations = [log for log in trainer.state.log_history if "eval_accuracy" in log]
+        dev_seconds = sum(log["eval_runtime"] for log in evaluations)
+        record = self.record(run) | {
+            "steps": result.global_step,
+            "dev_accuracy": max(log["eval_accuracy"] for log in evaluations),
+            "train_loss": result.training_loss if math.isfinite(result.training_loss) else None,
+            "train_seconds": result.metrics["train_runtime"] - dev_seconds,
+            "dev_seconds": dev_seconds,
+            "peak_memory_bytes": peak_memory_bytes(run.arguments.device),
+            "optimizer_state_bytes": optimizer_state_bytes(trainer.optimizer),
+        }
+        if len(group.runs) == 1:
+            record |= self.test(trainer, group)
+        elif not is_sharded(run.arguments) and self.store.is_best(group, record["dev_accuracy"]):
+            self.store.save_weights(group, run, trainer.model)
+        self.store.append(record)
+        self.clean_up(run)
+        progress.console.print(self.line(record), highlight=False)
+
+    def record(self, run: Run) -> dict[str, Any]:
+        """The fields that a run has before it is trained."""
+        measured = dict.fromkeys(("dev_accuracy", "test_accuracy", "train_loss", "train_seconds", "eval_seconds"))
+        return {
+            "stage": "dev",
+            "run_id": run.run_id,
+            **run.settings,
+            **measured,
+            "max_grad_norm": run.arguments.max_grad_norm,
+            "processes": run.arguments.world_size,
+            "packages": package_versions(),
+        }
+
+    def test(self, trainer: Trainer, group: Group) -> dict[str, Any]:
+        """Evaluate on test: the fields that turn a run's record into the tested one."""
+        metrics = trainer.predict(self.test_rows).metrics
+        tested = {"stage": "test", "test_accuracy": metrics["test_accuracy"], "eval_seconds": metrics["test_runtime"]}
+        return tested | {"group_id": group.group_id, "group": group.row_id, "grid_size": len(group.runs)}
+
+    def test_pick(self, group: Group, progress: Progress) -> None:
+        """Test the run that dev picks; it is trained once more only where its weights could not be kept."""
+        run = group.pick(self.store.records)
+        trainer = self.build_trainer(run, progress)
+        if not self.store.load_weights(group, run, trainer.model):
+            trainer.train()
+        self.store.append(self.store.find(run_id=run.run_id) | self.test(trainer, group))
+        self.store.drop_weights(group)
+        self.clean_up(run)
+
+    def test_untrained(self, progress: Progress) -> None:
+        """The zero-shot row: the prompt alone, without any training."""
+        run = self.groups[0].runs[0]
+        settings = {name: run.settings[name] for name in ("task", "prompt", "model", "tuning", "k", "test_data")}
+        settings |= {"optim": "zero-shot", "seed": None, "steps": 0}
+        if self.store.find(run_id=identifier(settings)) is None:
+            metrics = self.build_trainer(run, progress).predict(self.test_rows).metrics
+            unset = dict.fromkeys(self.record(run).keys() - settings.keys())
+            seen = {"test_accuracy": metrics["test_accuracy"], "eval_seconds": metrics["test_runtime"]}
+            named = {"stage": "test", "run_id": identifier(settings), "packages": package_versions(), **seen}
+            self.store.append(unset | settings | named)
+
+    def clean_up(self, run: Run) -> None:
+        """Free what the run held, in memory and on disk."""
+        gc.collect()
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            shutil.rmtree(self.checkpoints(run), ignore_errors=True)
+
+    def line(self, record: dict[str, Any]) -> str:
+        """One line about a finished run."""
+        tested = "" if record["test_accuracy"] is None else f", test {100 * record['test_accuracy']:.1f}"
+        diverged = "" if record["train_loss"] is not None else " (diverged)"
+        run = f"{record['optim']} lr {record['learning_rate']:g} batch {record['batch_size']}"
+        scores = f"dev {100 * record['dev_accuracy']:.1f}{tested}{diverged}, {record['train_seconds']:.0f} s"
+        return f"{record['task']} seed {record['seed']}: {run}: {scores}"
 
 
-def train_run(draw: Draw, group: Group, run: Run, store: RunStore, progress: Progress) -> None:
-    """Train one cell of the grid and record it; a group's only run is tested at once."""
-    reset_peak_memory()
-    trainer = build_trainer(draw, run, progress)
-    result = trainer.train()
-    dev_accuracy = max(log["eval_accuracy"] for log in trainer.state.log_history if "eval_accuracy" in log)
-    record = {
-        "stage": "dev",
-        "run_id": run.run_id,
-        **{name: run.settings[name] for name in ("task", "model", "tuning", "peft", "k", "seed", "batch_size")},
-        **optimizer_fields(run.arguments),
-        "max_grad_norm": run.arguments.max_grad_norm,
-        "steps": result.global_step,
-        "dev_accuracy": dev_accuracy,
-        "test_accuracy": None,
-        "train_loss": result.training_loss if math.isfinite(result.training_loss) else None,
-        "train_seconds": result.metrics["train_runtime"],
-        "eval_seconds": None,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "optimizer_state_bytes": optimizer_state_bytes(trainer.optimizer),
-        "processes": run.arguments.world_size,
-        "packages": package_versions(),
-        "arguments": run.settings["arguments"],
-        "data": run.settings["data"],
-    }
-    if len(group.runs) == 1:
-        record |= test(trainer, draw, group)
-    elif store.is_best(group, dev_accuracy) and not trainer.is_deepspeed_enabled and not trainer.is_fsdp_enabled:
-        store.save_weights(group, run, trainer.model)
-    store.append(record)
-
-
-def test(trainer: Trainer, draw: Draw, group: Group) -> dict[str, Any]:
-    """Evaluate on test: the fields that turn a run's record into the tested one."""
-    metrics = trainer.predict(draw.rows["test"]).metrics
-    tested = {"stage": "test", "test_accuracy": metrics["test_accuracy"], "eval_seconds": metrics["test_runtime"]}
-    return tested | {"group_id": group.group_id, "group": group.row_id, "grid_size": len(group.runs)}
-
-
-def test_pick(draw: Draw, group: Group, store: RunStore, progress: Progress) -> None:
-    """Test the run that dev picks; it is trained once more only where its weights could not be kept."""
-    run = group.pick(store.records)
-    trainer = build_trainer(draw, run, progress)
-    if not store.load_weights(group, run, trainer.model):
-        trainer.train()
-    store.append(store.find(run_id=run.run_id) | test(trainer, draw, group))
-    store.drop_weights(group)
-
-
-def test_untrained(draw: Draw, store: RunStore, progress: Progress) -> None:
-    """The zero-shot row: the prompt alone, without any training."""
-    run = draw.groups[0].runs[0]
-    names = ("task", "model", "tuning", "peft", "k")
-    record = {name: run.settings[name] for name in names} | {"optim": "zero-shot", "seed": None, "steps": 0}
-    record["run_id"] = identifier(record | {"test": draw.data.test})
-    if store.find(run_id=record["run_id"]) is None:
-        trainer = build_trainer(draw, run, progress)
-        metrics = trainer.predict(draw.rows["test"]).metrics
-        store.append(record | {"stage": "test", "test_accuracy": metrics["test_accuracy"]})
-
-
-def run_draw(draw: Draw, store: RunStore, progress: Progress, overall: TaskID) -> None:
-    """Do what is not finished yet of one task and seed."""
-    if draw.few.tuning == "prompt" and draw.few.zero_shot and not is_sharded(draw.groups[0].runs[0].arguments):
-        test_untrained(draw, store, progress)
-    for group in draw.groups:
-        for run in group.runs:
-            if store.find(run_id=run.run_id) is None:
-                train_run(draw, group, run, store, progress)
-                report(progress.console, draw, run, store)
-                gc.collect()
-            progress.advance(overall)
-        if store.find(group_id=group.group_id) is None:
-            test_pick(draw, group, store, progress)
-
-
-def report(console: Console, draw: Draw, run: Run, store: RunStore) -> None:
-    """One line per finished run."""
-    record = store.find(run_id=run.run_id)
-    tested = "" if record["test_accuracy"] is None else f", test {100 * record['test_accuracy']:.1f}"
-    diverged = "" if record["train_loss"] is not None else " (diverged)"
-    where = f"{draw.task.name} seed {run.settings['seed']}"
-    scores = f"dev {100 * record['dev_accuracy']:.1f}{tested}{diverged}, {record['train_seconds']:.0f} s"
-    console.print(f"{where}: {run.label}: {scores}", highlight=False)
+def plan(
+    few: FewShotArguments,
+    training: RecipeTrainingArguments,
+    grid: Grid,
+    tokenizer: PreTrainedTokenizerBase,
+    store: RunStore,
+    console: Console,
+) -> list[TaskRuns]:
+    """Load every task and plan every run, so that a mistake shows before the first one starts."""
+    tasks = [get_task(name) for name in few.task]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UserError(f"Two tasks share a name: {', '.join(task.name for task in tasks)}. Rename one in its file.")
+    planned = []
+    for task in tasks:
+        if few.tuning == "prompt":
+            label_word_ids(task, tokenizer)
+        with PartialState().main_process_first():
+            draws = load_fewshot(
+                task.name, task.labels, few.k, few.seeds, pair=task.pair, data_dir=few.data_dir, hub_id=few.hub_id
+            )
+        first = next(iter(draws.values()))
+        console.print(f"{task.name}: {first.source}", *filter(None, [first.mapping_note]), sep="\n", markup=False)
+        common = {"task": task.name, "model": few.model, "tuning": few.tuning, "peft": few.peft, "k": few.k}
+        common |= {"prompt": identifier({"task": repr(task)}), "test_data": identifier({"test": first.test})}
+        for seed, data in draws.items():
+            draw = identifier({"train": data.train, "dev": data.dev})
+            groups = plan_groups(training, grid, common, seed, draw)
+            planned.append(TaskRuns(few, task, data, tokenizer, groups, store))
+    build_model(few, tasks[0], tokenizer, few.seeds[0])
+    return planned
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse, plan, train what is not finished, print the table."""
     few, training, grid = parse(argv)
-    console = Console(quiet=not PartialState().is_main_process)
+    first = PartialState().is_main_process
+    console = Console(quiet=not first)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if few.model == "demo":
+    if few.model == "demo" and few.tuning == "classifier":
         console.print(
             "The demo model has no masked-LM head: classifier tuning. Its tasks are stand-ins, not SST or NLI."
         )
+    if "svag" in training.optim:
+        console.print("Beside svag no gradient is clipped, in any row of this command (max_grad_norm 0).")
     store = RunStore(training.output_dir)
-    draws = load_draws(few, training, grid, console)
-    with run_progress(console, disable=not PartialState().is_main_process) as progress:
-        overall = progress.add_task("runs", total=sum(len(group.runs) for draw in draws for group in draw.groups))
-        for draw in draws:
-            run_draw(draw, store, progress, overall)
+    planned = plan(few, training, grid, load_tokenizer(few), store, console)
+    zero_shot = few.tuning == "prompt" and few.zero_shot and not is_sharded(training)
+    with run_progress(console, disable=not first) as progress:
+        overall = progress.add_task("runs", total=sum(len(group.runs) for runs in planned for group in runs.groups))
+        for runs in planned:
+            runs.tokenise()
+            if zero_shot:
+                runs.test_untrained(progress)
+            for group in runs.groups:
+                for run in group.runs:
+                    if store.find(run_id=run.run_id) is None:
+                        runs.train(run, group, progress)
+                    progress.advance(overall)
+                if store.find(group_id=group.group_id) is None:
+                    runs.test_pick(group, progress)
     print_summary(store.records, store.problems, console)
     console.print(f"Results: {store.file}", highlight=False)
 

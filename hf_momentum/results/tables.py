@@ -13,8 +13,10 @@ from rich.table import Table
 
 from hf_momentum.results.statistics import format_score, paired_difference
 
-_METHOD = ("optim", "momentum", "ell", "lr_form", "max_grad_norm", "peft", "grid_size", "group")
 _SETTING = ("task", "model", "tuning", "k")
+_METHOD = ("optim", "momentum", "momentum_schedule", "ell", "peft", "group")
+# What is added to the names of rows that would read alike: field → unit.
+_DISTINCTIONS = {"grid_size": "cells", "steps": "steps", "batch_size": "batch", "max_grad_norm": "clip"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Row:
     def accuracy(self) -> dict[int | None, float]:
         """Seed → test accuracy."""
         return {seed: record["test_accuracy"] for seed, record in self.picks.items()}
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The picked runs' records."""
+        return list(self.picks.values())
 
     @property
     def optim(self) -> str:
@@ -71,11 +78,12 @@ def accuracy_tables(rows: Sequence[Row]) -> list[Table]:
     Returns:
         One rich table per model, tuning and k.
     """
+    names = row_names(rows)
     parts = itertools.groupby(sorted(rows, key=lambda row: str(row.setting[1:])), key=lambda row: row.setting[1:])
-    return [_accuracy_table(*setting, list(part)) for setting, part in parts]
+    return [_accuracy_table(*setting, list(part), names) for setting, part in parts]
 
 
-def _accuracy_table(model: str, tuning: str, k: int, rows: Sequence[Row]) -> Table:
+def _accuracy_table(model: str, tuning: str, k: int, rows: Sequence[Row], names: dict[int, str]) -> Table:
     title = escape(f"Test accuracy in %: {model}, {tuning} tuning, k={k}")
     caption = "mean (population std) over seeds, each run picked on dev; MiB: optimizer state"
     layout = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
@@ -87,24 +95,50 @@ def _accuracy_table(model: str, tuning: str, k: int, rows: Sequence[Row]) -> Tab
     for previous, row in itertools.pairwise([None, *rows]):
         if previous is not None and previous.setting != row.setting:
             table.add_section()
-        table.add_row(*map(escape, _cells(row)))
+        table.add_row(*map(escape, _cells(row, names[id(row)])))
     return table
 
 
-def _cells(row: Row) -> list[str]:
-    records = list(row.picks.values())
-    test = format_score(list(row.accuracy.values()))
+def _cells(row: Row, name: str) -> list[str]:
+    records, test = row.records, format_score(list(row.accuracy.values()))
     if row.optim == "zero-shot":
-        return [row.setting[0], "zero-shot", "", "", "", test, ""]
+        return [row.setting[0], name, "", "", "", test, ""]
     return [
         row.setting[0],
-        method_name(records[0]),
+        name,
         _rates(records),
         str(len(records)),
         format_score([record["dev_accuracy"] for record in records]),
         test,
         f"{max(record['optimizer_state_bytes'] for record in records) / 2**20:.1f}",
     ]
+
+
+def row_names(rows: Sequence[Row]) -> dict[int, str]:
+    """What each row is called: its method, and where two rows of a setting read alike, what tells them apart.
+
+    Args:
+        rows: From `table_rows`.
+
+    Returns:
+        `id(row)` → name.
+    """
+    alike: dict[tuple, list[Row]] = {}
+    for row in rows:
+        alike.setdefault((row.setting, method_name(row.records[0])), []).append(row)
+    names = {}
+    for (_, name), group in alike.items():
+        seen = {
+            key: [sorted({record.get(key) for record in row.records}, key=str) for row in group]
+            for key in _DISTINCTIONS
+        }
+        telling = [key for key, values in seen.items() if any(value != values[0] for value in values)]
+        for index, row in enumerate(group):
+            marks = [f"{'/'.join(map(str, seen[key][index]))} {_DISTINCTIONS[key]}" for key in telling]
+            if len(group) > 1 and not marks:
+                marks = [f"#{index + 1}"]
+            names[id(row)] = ", ".join([name, *marks])
+    return names
 
 
 def method_name(record: dict[str, Any]) -> str:
@@ -119,6 +153,8 @@ def method_name(record: dict[str, Any]) -> str:
     parts = [record["optim"]]
     if record.get("momentum"):
         parts.append(f"β={record['momentum']:g}")
+    if record.get("momentum_schedule"):
+        parts.append(f"β {record['momentum_schedule']}")
     if record.get("ell"):
         parts.append(f"ℓ={record['ell']:g}")
     if record.get("peft"):
@@ -139,23 +175,25 @@ def difference_lines(rows: Sequence[Row]) -> list[str]:
         rows: From `table_rows`.
 
     Returns:
-        One sentence per pair with at least one common seed, zero-shot rows aside.
+        One sentence per pair of methods with at least one common seed, zero-shot rows aside.
     """
-    trained = [row for row in rows if row.optim != "zero-shot"]
+    names, trained = row_names(rows), [row for row in rows if row.optim != "zero-shot"]
     return [
-        _difference_line(first, second)
+        f"{first.setting[0]}: {names[id(second)]} − {names[id(first)]} = {_difference(first, second)}"
         for first, second in itertools.combinations(trained, 2)
-        if first.setting == second.setting and first.picks.keys() & second.picks.keys()
+        if first.setting == second.setting
+        and first.method[:-1] != second.method[:-1]
+        and first.picks.keys() & second.picks.keys()
     ]
 
 
-def _difference_line(first: Row, second: Row) -> str:
+def _difference(first: Row, second: Row) -> str:
     difference = paired_difference(first.accuracy, second.accuracy)
-    names = [method_name(next(iter(row.picks.values()))) for row in (second, first)]
-    text = f"{first.setting[0]}: {names[0]} − {names[1]} = {100 * difference.mean:+.1f} points"
-    seeds = len(difference.seeds)
+    text, seeds = f"{100 * difference.mean:+.1f} points", len(difference.seeds)
     if math.isinf(difference.high):
         return f"{text}, paired over 1 seed: no interval."
+    if difference.low == difference.high:
+        return f"{text}, the same for each of {seeds} seeds: no spread to take an interval from."
     interval = f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
     return f"{text}, {100 * difference.confidence:.0f}% interval {interval}, paired over {seeds} seeds."
 

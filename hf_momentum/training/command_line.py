@@ -1,13 +1,15 @@
-"""A recipe's command line: dataclass arguments, a YAML file of them, and errors without tracebacks."""
+"""A recipe's command line: dataclass arguments, YAML files of them, and errors without tracebacks."""
 
 import difflib
+import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import HfArgumentParser
 
 from hf_momentum.errors import UserError
@@ -38,22 +40,41 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def as_options(values: Mapping[str, Any]) -> list[str]:
+    """Write arguments as the words of a command line, so that a file's values are checked like typed ones.
+
+    Args:
+        values: Name → value; a list becomes several words, a mapping JSON, None is left out.
+
+    Returns:
+        The words.
+    """
+    words = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return words
+
+
 def option(argv: Sequence[str], name: str) -> str | None:
-    """The value of one option before the full parse, since it decides the others' defaults.
+    """The value of one option before the full parse, since it decides what the others are.
 
     Args:
         argv: The command line.
         name: The option, without dashes.
 
     Returns:
-        The value, or None.
+        Its last value, or None.
     """
+    value = None
     for position, word in enumerate(argv):
         if word == f"--{name}" and position + 1 < len(argv):
-            return argv[position + 1]
-        if word.startswith(f"--{name}="):
-            return word.split("=", 1)[1]
-    return None
+            value = argv[position + 1]
+        elif word.startswith(f"--{name}="):
+            value = word.split("=", 1)[1]
+    return value
 
 
 def given_options(argv: Sequence[str]) -> set[str]:
@@ -65,7 +86,11 @@ def given_options(argv: Sequence[str]) -> set[str]:
     Returns:
         Names without dashes and without values.
     """
-    return {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    return {_name(word) for word in argv if word.startswith("--")}
+
+
+def _name(word: str) -> str:
+    return word.removeprefix("--").split("=")[0].replace("-", "_")
 
 
 def parse_arguments(types: Sequence[type], argv: Sequence[str], defaults: dict[str, Any], description: str) -> tuple:
@@ -73,31 +98,31 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str], defaults: dict[s
 
     Args:
         types: The dataclasses.
-        argv: The command line without the program's name.
-        defaults: Values that replace the dataclasses' own defaults; the command line wins over them.
+        argv: The command line without the program's name; of an option given twice the last value counts.
+        defaults: Values that replace the dataclasses' own defaults.
         description: The recipe's text for `--help`.
 
     Returns:
         One instance per dataclass.
 
     Raises:
-        UserError: If the command line or `defaults` holds a name that is no argument.
+        UserError: If the command line holds a name that is no argument, or a value that is not allowed.
     """
     parser = HfArgumentParser(types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    known = {action.dest for action in parser._actions}
-    _check_known(defaults, known)
     parser.set_defaults(**defaults)
-    options = {"look_for_args_file": False, "return_remaining_strings": True}
-    *instances, unknown = parser.parse_args_into_dataclasses(list(argv), **options)
-    _check_known([word.removeprefix("--").split("=")[0] for word in unknown], known)
+    try:
+        *instances, unknown = parser.parse_args_into_dataclasses(
+            list(argv), look_for_args_file=False, return_remaining_strings=True
+        )
+    except UserError:
+        raise
+    except ValueError as error:  # TrainingArguments' own checks
+        raise UserError(str(error)) from error
+    if unknown:
+        known = {action.dest for action in parser._actions}
+        close = difflib.get_close_matches(_name(unknown[0]), known, n=1)
+        raise UserError(f"Unknown argument {unknown[0]!r}{f' (did you mean --{close[0]}?)' if close else ''}.")
     return tuple(instances)
-
-
-def _check_known(names: Iterable[str], known: set[str]) -> None:
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"Unknown argument {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}.")
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
@@ -107,7 +132,10 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
         main: Takes the command line without the program's name.
     """
     try:
-        main(sys.argv[1:])
+        record(main)(sys.argv[1:])  # tells torchrun what went wrong
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where this one ended.", file=sys.stderr)
+        sys.exit(130)

@@ -1,21 +1,17 @@
 """The protocol of few-shot tables: a grid per seed, dev accuracy picks a run, test is evaluated once for the pick."""
 
 import functools
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hf_momentum.errors import UserError
 from hf_momentum.optim import effective_lr, get_optimizer_info
 from hf_momentum.results.record import identifier
-from hf_momentum.training.arguments import (
-    MomentumTrainingArguments,
-    RecipeTrainingArguments,
-    is_our_optimizer,
-)
-from hf_momentum.training.command_line import read_yaml
-
-SWEPT = ("optim", "learning_rate", "per_device_train_batch_size")
+from hf_momentum.training.arguments import MomentumTrainingArguments, RecipeTrainingArguments, is_our_optimizer
+from hf_momentum.training.grid import Grid
+from hf_momentum.training.svag_arguments import svag_arguments
 
 # Arguments that change where things are written or how they are shown, and not what is trained.
 _WITHOUT_EFFECT = (
@@ -25,66 +21,7 @@ _WITHOUT_EFFECT = (
     "hub_revision", "hub_always_push", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout",
     "save_total_limit", "save_only_model", "do_train", "do_eval", "do_predict", "per_device_eval_batch_size",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A grid file: what is swept, and defaults for other arguments.
-
-    Attributes:
-        learning_rate: Learning rates, for all optimizers or per optimizer's name; None if not swept.
-        per_device_train_batch_size: Batch sizes; None if not swept.
-        optim: Optimizers; None if the command line names them.
-        defaults: Other arguments, which the command line may override.
-    """
-
-    learning_rate: list[float] | dict[str, list[float]] | None = None
-    per_device_train_batch_size: list[int] | None = None
-    optim: list[str] | None = None
-    defaults: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def swept(self) -> set[str]:
-        """The names that the grid sweeps."""
-        return {name for name in SWEPT if getattr(self, name) is not None}
-
-
-def read_grid(path: str) -> Grid:
-    """Read a grid file.
-
-    Args:
-        path: A YAML file with any of `learning_rate` (a list, or a list per optimizer), `per_device_train_batch_size`,
-            `optim` and `defaults`.
-
-    Returns:
-        The grid.
-
-    Raises:
-        UserError: If the file is missing or holds anything else.
-    """
-    content = read_yaml(path)
-    if unknown := content.keys() - {*SWEPT, "defaults"}:
-        raise UserError(f"{path}: unknown key {min(unknown)!r}. Allowed: {', '.join(SWEPT)}, defaults.")
-    if not isinstance(content.get("defaults", {}), dict):
-        raise UserError(f"{path}: defaults must hold lines 'argument: value'.")
-    numbers = functools.partial(_list_of, path)
-    rates, sizes, names = (content.get(name) for name in ("learning_rate", SWEPT[2], "optim"))
-    if isinstance(rates, dict):
-        rates = {name: numbers(f"learning_rate of {name}", values, float) for name, values in rates.items()}
-    elif rates is not None:
-        rates = numbers("learning_rate", rates, float)
-    sizes = None if sizes is None else numbers(SWEPT[2], sizes, int)
-    names = None if names is None else numbers("optim", names, str)
-    return Grid(rates, sizes, names, content.get("defaults", {}))
-
-
-def _list_of(path: str, name: str, values: Any, kind: type) -> list:
-    try:
-        if not isinstance(values, list) or not values:
-            raise ValueError
-        return [kind(value) for value in values]
-    except (TypeError, ValueError):
-        raise UserError(f"{path}: {name} must be a list such as [1, 2] of {kind.__name__}, not {values!r}.") from None
+_OPTIMIZER = ("optim", "learning_rate", "effective_lr", "lr_form", "momentum", "momentum_schedule", "ell")
 
 
 @dataclass(frozen=True)
@@ -99,7 +36,7 @@ class Run:
     arguments: MomentumTrainingArguments
     settings: dict[str, Any]
 
-    @property
+    @functools.cached_property
     def run_id(self) -> str:
         """The run's name: equal settings, equal name."""
         return identifier(self.settings)
@@ -107,13 +44,7 @@ class Run:
     @property
     def label(self) -> str:
         """The run in a few words, for a progress line."""
-        arguments = self.arguments
-        return f"{arguments.optim} lr {arguments.learning_rate:g} batch {self.settings['batch_size']}"
-
-
-def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
-    arguments = {name: value for name, value in settings["arguments"].items() if name != "seed"}
-    return {name: value for name, value in settings.items() if name not in {"seed", "data"}} | {"arguments": arguments}
+        return f"{self.settings['optim']} lr {self.settings['learning_rate']:g} batch {self.settings['batch_size']}"
 
 
 @dataclass(frozen=True)
@@ -122,12 +53,12 @@ class Group:
 
     runs: tuple[Run, ...]
 
-    @property
+    @functools.cached_property
     def group_id(self) -> str:
         """The group's name: the same runs, the same name."""
         return identifier({"runs": sorted(run.run_id for run in self.runs)})
 
-    @property
+    @functools.cached_property
     def row_id(self) -> str:
         """The name of the table's row: the same for groups that differ in the seed and its draw alone."""
         return identifier({"runs": sorted(identifier(_without_seed(run.settings)) for run in self.runs)})
@@ -145,7 +76,13 @@ class Group:
         return max(self.runs, key=lambda run: accuracy[run.run_id])
 
 
-def plan_groups(training: RecipeTrainingArguments, grid: Grid, common: dict[str, Any], seed: int) -> list[Group]:
+def _without_seed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in {"seed", "draw"}}
+
+
+def plan_groups(
+    training: RecipeTrainingArguments, grid: Grid, common: dict[str, Any], seed: int, draw: str
+) -> list[Group]:
     """One group per optimizer, each with a run per cell of the grid.
 
     Under `lr_form="heavy_ball"` beside SGDM, SGD's rows get the matching η = γ/(1−β): the comparison is always at
@@ -154,44 +91,64 @@ def plan_groups(training: RecipeTrainingArguments, grid: Grid, common: dict[str,
     Args:
         training: The command's arguments.
         grid: What is swept.
-        common: Settings that all runs share (task, model, data, …).
+        common: Settings that all runs and seeds share (task, prompt, model, test data, …).
         seed: Of the draw, the initialisation and the data order.
+        draw: Identifier of the examples that the seed drew.
 
     Returns:
         The groups, in the order of the optimizers.
-
-    Raises:
-        UserError: If the grid has no learning rate for an optimizer, or a run's arguments are not allowed.
     """
     groups = []
-    for optim in grid.optim or training.optim:
-        rates = grid.learning_rate or [training.learning_rate]
-        if isinstance(rates, dict):
-            if optim not in rates:
-                raise UserError(
-                    f"The grid lists learning rates for {', '.join(rates)}, but not for {optim}. Add them."
-                )
-            rates = rates[optim]
-        sizes = grid.per_device_train_batch_size or [training.per_device_train_batch_size]
-        runs = [_plan_run(training, common, optim, rate, size, seed) for rate in rates for size in sizes]
-        groups.append(Group(tuple(runs)))
+    sizes = grid.per_device_train_batch_size or [training.per_device_train_batch_size]
+    for optim in training.optim:
+        changes = [
+            {"learning_rate": rate, "per_device_train_batch_size": size, "seed": seed}
+            for rate in grid.rates(optim, training.learning_rate)
+            for size in sizes
+        ]
+        shared = common | {"seed": seed, "draw": draw}
+        groups.append(Group(tuple(_plan_run(training, optim, cell, shared) for cell in changes)))
     return groups
 
 
-def _plan_run(
-    training: RecipeTrainingArguments, common: dict[str, Any], optim: str, rate: float | None, size: int, seed: int
-) -> Run:
-    changes = {"learning_rate": rate, "per_device_train_batch_size": size, "seed": seed}
+def _plan_run(training: RecipeTrainingArguments, optim: str, changes: dict[str, Any], shared: dict[str, Any]) -> Run:
+    size, rate = changes["per_device_train_batch_size"], changes["learning_rate"]
+    if size < 1:
+        raise UserError(f"per_device_train_batch_size must be at least 1, not {size}.")
     if optim == "sgd" and training.lr_form == "heavy_ball" and "sgdm" in training.optim and rate is not None:
         default = get_optimizer_info("sgdm").defaults["momentum"]
         momentum = default if training.momentum is None else training.momentum
         changes |= {"learning_rate": effective_lr(rate, momentum), "lr_form": None}
     if is_sharded(training):
-        changes |= {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "save_strategy": "best"}
+        best = {"metric_for_best_model": "accuracy", "greater_is_better": True, "save_total_limit": 1}
+        changes |= {"load_best_model_at_end": True, "save_strategy": "best", **best}
     arguments = training.for_run(optim, **changes)
-    batch_size = size * arguments.gradient_accumulation_steps * arguments.world_size
-    settings = common | {"seed": seed, "batch_size": batch_size, "arguments": chosen_arguments(arguments)}
+    batch_size = size * arguments.gradient_accumulation_steps * arguments.world_size  # under SVAG: of each half
+    if optim == "svag":
+        arguments = svag_arguments(arguments, arguments.ell)
+    others = {name: value for name, value in chosen_arguments(arguments).items() if name not in {"seed", *_OPTIMIZER}}
+    settings = shared | optimizer_fields(arguments) | {"batch_size": batch_size, "arguments": others}
     return Run(arguments, settings)
+
+
+def without_clipping_beside_svag(training: RecipeTrainingArguments, explicit: bool) -> None:
+    """Turn gradient clipping off for all rows alike where one of them is SVAG: clipping cuts the noise it amplifies.
+
+    Args:
+        training: The command's arguments; its `max_grad_norm` is set to 0.
+        explicit: Whether the user gave `max_grad_norm`.
+
+    Raises:
+        UserError: If the user asked for clipping beside SVAG.
+    """
+    if "svag" not in training.optim:
+        return
+    if explicit and training.max_grad_norm:
+        raise UserError(
+            f"max_grad_norm={training.max_grad_norm:g} beside svag: clipping cuts the noise that SVAG amplifies, and "
+            "the rows compared with it must be trained alike. Leave it out, or set it to 0."
+        )
+    training.max_grad_norm = 0.0
 
 
 def is_sharded(arguments: MomentumTrainingArguments) -> bool:
@@ -201,9 +158,10 @@ def is_sharded(arguments: MomentumTrainingArguments) -> bool:
         arguments: The Trainer's arguments.
 
     Returns:
-        True under DeepSpeed or FSDP.
+        True under DeepSpeed or FSDP, asked for in the arguments or by `accelerate launch`.
     """
-    return bool(arguments.deepspeed or arguments.deepspeed_plugin or arguments.fsdp)
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in {"1", "true"}
+    return bool(arguments.deepspeed or arguments.deepspeed_plugin or arguments.fsdp or by_launcher)
 
 
 def chosen_arguments(arguments: MomentumTrainingArguments) -> dict[str, Any]:
@@ -216,11 +174,7 @@ def chosen_arguments(arguments: MomentumTrainingArguments) -> dict[str, Any]:
         Name → value as JSON holds it.
     """
     values, defaults = arguments.to_dict(), _default_arguments()
-    return {
-        name: value
-        for name, value in values.items()
-        if name not in _WITHOUT_EFFECT and (name == "optim" or value != defaults.get(name))
-    }
+    return {n: v for n, v in values.items() if n not in _WITHOUT_EFFECT and v != defaults.get(n)}
 
 
 @functools.cache
@@ -229,19 +183,20 @@ def _default_arguments() -> dict[str, Any]:
 
 
 def optimizer_fields(arguments: MomentumTrainingArguments) -> dict[str, Any]:
-    """The optimizer as a record states it.
+    """The optimizer as a record states it, defaults filled in.
 
     Args:
         arguments: One run's arguments.
 
     Returns:
-        `optim`, `learning_rate`, `effective_lr`, `lr_form`, `momentum` and `ell`; None where a value has no meaning.
+        `optim`, `learning_rate`, `effective_lr`, `lr_form`, `momentum`, `momentum_schedule` and `ell`; None where a
+        value has no meaning.
     """
-    record = {"optim": arguments.optim, "learning_rate": arguments.learning_rate, "ell": arguments.ell}
+    record = {name: getattr(arguments, name) for name in ("optim", "learning_rate", "ell", "momentum_schedule")}
     if not is_our_optimizer(arguments.optim):
         return record | {"effective_lr": None, "lr_form": None, "momentum": None}
     form, momentum = arguments.lr_form or "effective", arguments.momentum
-    if momentum is None:
+    if momentum is None and arguments.momentum_schedule is None:
         momentum = get_optimizer_info(arguments.optim).defaults["momentum"]
     rate = effective_lr(arguments.learning_rate, momentum) if form == "heavy_ball" else arguments.learning_rate
     return record | {"effective_lr": rate, "lr_form": form, "momentum": momentum}

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_momentum.results.record import append_record, read_records
+from hf_momentum.errors import UserError
+from hf_momentum.results.record import Results, append_record, read_records
 from hf_momentum.training.callbacks.best_weights import copy_into, trained_state
 from hf_momentum.training.protocol import Group, Run
 
@@ -17,19 +19,34 @@ from hf_momentum.training.protocol import Group, Run
 class RunStore:
     """The runs of an output folder.
 
-    Every process reads the file once and then follows the same runs, so all agree on what is finished; the first
-    process alone writes.
+    The first process reads and writes the file, and tells the others what was finished when the command started; from
+    then on all follow the same runs and so agree.
 
     Args:
-        folder: The command's output folder.
+        folder: The command's output folder; made if there is none.
+
+    Raises:
+        UserError: If the folder cannot be made or the file not read.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.file = self.folder / "results.jsonl"
-        results = read_records(self.file)
+        results = [None]
+        if PartialState().is_main_process:
+            results = [self._read()]
+        (results,) = broadcast_object_list(results)
+        if isinstance(results, UserError):
+            raise results
         self.records, self.problems = results.records, results.problems
-        PartialState().wait_for_everyone()
+
+    def _read(self) -> Results | UserError:
+        # An error is returned and not raised, so that every process gets it.
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return read_records(self.file)
+        except OSError as error:
+            return UserError(f"Cannot use {self.folder} as --output_dir: {error}")
 
     def find(self, **wanted: Any) -> dict[str, Any] | None:
         """The first record that has all the wanted values.
@@ -94,14 +111,14 @@ class RunStore:
         Returns:
             False if this run's weights were not kept.
         """
-        file = self._weights(group)
-        if not file.exists():
+        try:
+            with safe_open(self._weights(group), "pt") as saved:
+                if saved.metadata()["run_id"] != run.run_id:
+                    return False
+                copy_into(model, {name: saved.get_tensor(name) for name in saved.keys()})  # noqa: SIM118 (no mapping)
+                return True
+        except FileNotFoundError:
             return False
-        with safe_open(file, "pt") as saved:
-            if saved.metadata()["run_id"] != run.run_id:
-                return False
-            copy_into(model, {name: saved.get_tensor(name) for name in saved.keys()})  # noqa: SIM118 (no mapping)
-        return True
 
     def drop_weights(self, group: Group) -> None:
         """Remove the group's kept weights.

@@ -8,20 +8,29 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import save_tiny_roberta
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_momentum.errors import UserError
+from hf_momentum.tasks.prompts import get_task
+from hf_momentum.training import FewShotArguments
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "roberta_fewshot.py"
-VOLATILE = ("train_seconds", "eval_seconds", "peak_memory_bytes")
+VOLATILE = ("train_seconds", "dev_seconds", "eval_seconds", "peak_memory_bytes")
 
 
 @pytest.fixture(scope="module")
-def main():
+def recipe():
     spec = importlib.util.spec_from_file_location("roberta_fewshot", RECIPE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
+
+
+@pytest.fixture(scope="module")
+def main(recipe):
+    return recipe.main
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +112,7 @@ def test_the_whole_protocol_and_its_resumption(main, command, tmp_path, capsys):
         assert pick["optimizer_state_bytes"] == (0 if pick["optim"] == "sgd" else cells[0]["optimizer_state_bytes"])
     assert {line["optimizer_state_bytes"] > 0 for line in lines if line["optim"] == "sgdm"} == {True}
     assert "sgdm β=0.9 − sgd" in output
-    assert "paired over 2 seeds" in output
+    assert "2 seeds" in output
     assert list((tmp_path / "out" / "picks").iterdir()) == []
 
     written = (tmp_path / "out" / "results.jsonl").read_bytes()
@@ -176,7 +185,12 @@ def test_a_users_own_task_and_config_file(main, command, tmp_path, data):
         ({"learning_rate": None}, "sgdm needs a learning rate.*recipes/grids/smoke.yaml"),
         ({"momentum": "1.0"}, "Invalid momentum value: 1"),
         ({"k": "0"}, "--k must be at least 1"),
-        ({"seed": "13"}, "use --seeds"),
+        ({"seed": "13"}, "--seed has no place here: the seeds are those of --seeds"),
+        ({"load_best_model_at_end": "True"}, "--load_best_model_at_end has no place here"),
+        ({"eval_strategy": "no"}, "the protocol picks on dev"),
+        ({"per_device_train_batch_size": "0"}, "per_device_train_batch_size must be at least 1"),
+        ({"optim": "sgd svag", "ell": "2", "max_grad_norm": "1.0"}, "max_grad_norm=1 beside svag"),
+        ({"output_dir": __file__}, "as --output_dir"),
         ({"model": None}, "Name both --model"),
         ({"model": "no/such-model"}, "Cannot load --model no/such-model"),
         ({"task": None}, "Name both --model"),
@@ -211,7 +225,7 @@ def test_a_label_word_of_two_tokens_is_refused_before_any_run(main, command, tmp
 
 
 def test_an_unknown_option_ends_the_command(main, command):
-    with pytest.raises(UserError, match=r"Unknown argument .learning_rte. .did you mean 'learning_rate'"):
+    with pytest.raises(UserError, match=r"Unknown argument '--learning_rte' .did you mean --learning_rate"):
         main([*command(), "--learning_rte", "0.1"])
 
 
@@ -220,3 +234,68 @@ def test_the_command_line_shows_a_message_without_traceback(command):
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "error: --k must be at least 1, not 0."
     assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(command):
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPE), *command(max_steps=100000)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("sst-2: "):
+            break
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "Stopped. The same command goes on where this one ended."
+    assert "Traceback" not in errors
+
+
+def test_another_prompt_is_another_run(main, command, tmp_path):
+    task = tmp_path / "mine.yaml"
+    for word in ("bad", "poor"):
+        task.write_text(f'name: sst-2\ntemplate: "{{sentence1}} <mask>"\nlabel_words: {{"0": {word}, "1": good}}\n')
+        main(command(task=task, zero_shot="False"))
+    assert len({record["run_id"] for record in records(tmp_path / "out")}) == 2
+
+
+def test_two_tasks_of_one_name_are_refused(main, command, tmp_path):
+    task = tmp_path / "mine.yaml"
+    task.write_text('name: sst-2\ntemplate: "{sentence1} <mask>"\nlabel_words: {"0": bad, "1": good}\n')
+    with pytest.raises(UserError, match="Two tasks share a name: sst-2, sst-2"):
+        main(command(task=f"sst-2 {task}"))
+
+
+def test_files_are_checked_like_the_command_line(main, command, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("tuning: clasifier\n")
+    with pytest.raises(SystemExit):  # argparse names the choices
+        main(command(config=config))
+    config.write_text("learnin_rate: 0.1\n")
+    with pytest.raises(UserError, match=r"Unknown argument '--learnin_rate=0.1' .did you mean --learning_rate"):
+        main(command(config=config))
+    config.write_text(f"grid: {grid(tmp_path, 'learning_rate: [0.1]')}\n")
+    with pytest.raises(UserError, match="--learning_rate is given and also listed"):
+        main(command(config=config))
+
+
+def test_a_half_precision_checkpoint_is_trained_in_float32(recipe, model, tmp_path):
+    folder = tmp_path / "bf16"
+    AutoModelForMaskedLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.save_pretrained(folder)
+    for tuning in ("prompt", "classifier"):
+        few = FewShotArguments(model=str(folder), tuning=tuning)
+        assert recipe.build_model(few, get_task("sst-2"), tokenizer, 13).dtype == torch.float32
+
+
+def test_the_demo_brings_a_rate_for_our_optimizers_only(recipe):
+    few, training, grid = recipe.parse(["--optim", "sgd", "adamw_torch"])
+    assert (few.model, few.task, few.tuning) == ("demo", ["movie-snippets-2"], "classifier")
+    assert grid.learning_rate == {"sgd": [0.1], "adamw_torch": [5e-5]}
+    assert training.max_steps == 100
+    _, training, grid = recipe.parse(["--lr_form", "heavy_ball", "--num_train_epochs", "2"])
+    assert (grid.learning_rate, training.max_steps) == (None, -1)

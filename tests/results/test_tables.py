@@ -68,3 +68,21 @@ def test_no_records_print_no_table():
 
 def test_task_names_are_not_markup():
     assert "[red]x" in printed([record("sgd", 1, 0.6, task="[red]x")])
+
+
+def test_rows_of_one_name_say_what_tells_them_apart_and_are_not_subtracted():
+    records = [
+        record("sgd", 1, 0.6, group="a", steps=100),
+        record("sgd", 1, 0.7, group="b", steps=200),
+        record("sgdm", 1, 0.7),
+    ]
+    text = printed(records)
+    assert "sgd, 100 steps" in text
+    assert "sgd, 200 steps" in text
+    assert "sgd, 200 steps − sgd, 100 steps" not in text
+    assert text.count("points") == 2
+
+
+def test_equal_differences_are_no_certainty():
+    records = [record(o, s, v) for o, s, v in [("sgd", 1, 0.5), ("sgd", 2, 0.5), ("sgdm", 1, 0.5), ("sgdm", 2, 0.5)]]
+    assert "+0.0 points, the same for each of 2 seeds: no spread to take an interval from." in printed(records)

@@ -2,7 +2,8 @@ import pytest
 
 from hf_momentum.errors import UserError
 from hf_momentum.training import RecipeTrainingArguments
-from hf_momentum.training.protocol import Grid, optimizer_fields, plan_groups, read_grid
+from hf_momentum.training.grid import Grid, read_grid
+from hf_momentum.training.protocol import optimizer_fields, plan_groups, without_clipping_beside_svag
 
 
 def grid_file(tmp_path, text: str) -> str:
@@ -38,6 +39,8 @@ def test_the_shipped_grids_can_be_read(name, pytestconfig):
         ("learning_rate: {sgd: 1}", "learning_rate of sgd must be a list"),
         ("per_device_train_batch_size: [x]", "of int"),
         ("defaults: [1]", "defaults must hold lines"),
+        ("defaults: {learning_rate: 1}", r"learning_rate does not belong under defaults: list it.*learning_rate: .1."),
+        ("defaults: {seed: 1}", "seed does not belong under defaults: use --seeds"),
         ("- 1", "must hold lines 'key: value', not list"),
         ("a: b: c", "Cannot read"),
     ],
@@ -56,7 +59,7 @@ def test_a_missing_grid_is_named(tmp_path):
 def test_every_optimizer_gets_every_cell(tmp_path):
     grid = Grid([0.1, 0.2], [4, 8])
     training = recipe(tmp_path, optim=["sgd", "sgdm"], gradient_accumulation_steps=3)
-    groups = plan_groups(training, grid, {"task": "t"}, seed=13)
+    groups = plan_groups(training, grid, {"task": "t"}, 13, "draw")
     cells = [
         [(r.arguments.optim, r.arguments.learning_rate, r.settings["batch_size"]) for r in g.runs] for g in groups
     ]
@@ -67,28 +70,30 @@ def test_every_optimizer_gets_every_cell(tmp_path):
 
 def test_rates_may_differ_by_optimizer(tmp_path):
     grid = Grid({"sgd": [0.1], "adamw_torch": [1e-5, 1e-4]}, None)
-    groups = plan_groups(recipe(tmp_path, optim=["sgd", "adamw_torch"]), grid, {}, 13)
+    groups = plan_groups(recipe(tmp_path, optim=["sgd", "adamw_torch"]), grid, {}, 13, "draw")
     assert [[run.arguments.learning_rate for run in group.runs] for group in groups] == [[0.1], [1e-5, 1e-4]]
     with pytest.raises(UserError, match="but not for sgdm"):
-        plan_groups(recipe(tmp_path, optim=["sgdm"]), grid, {}, 13)
+        plan_groups(recipe(tmp_path, optim=["sgdm"]), grid, {}, 13, "draw")
 
 
 def test_heavy_ball_rates_keep_sgd_at_the_same_effective_rate(tmp_path):
     training = recipe(tmp_path, optim=["sgd", "sgdm"], lr_form="heavy_ball", momentum=0.8, learning_rate=0.1)
-    fields = [optimizer_fields(group.runs[0].arguments) for group in plan_groups(training, Grid(), {}, 13)]
+    fields = [optimizer_fields(group.runs[0].arguments) for group in plan_groups(training, Grid(), {}, 13, "draw")]
     assert [f["effective_lr"] for f in fields] == pytest.approx([0.5, 0.5])
     assert [f["lr_form"] for f in fields] == ["effective", "heavy_ball"]
     assert [f["momentum"] for f in fields] == [0.0, 0.8]
 
 
 def test_an_optimizer_of_the_trainers_own_has_no_effective_rate(tmp_path):
-    group = plan_groups(recipe(tmp_path, optim=["adamw_torch"]), Grid(), {}, 13)[0]
+    group = plan_groups(recipe(tmp_path, optim=["adamw_torch"]), Grid(), {}, 13, "draw")[0]
     fields = optimizer_fields(group.runs[0].arguments)
     assert (fields["learning_rate"], fields["effective_lr"], fields["momentum"]) == (5e-5, None, None)
 
 
 def names(tmp_path, seed=13, common=None, grid=None, **changes):
-    group = plan_groups(recipe(tmp_path, **{"optim": ["sgd"]} | changes), grid or Grid([0.1]), common or {}, seed)[0]
+    group = plan_groups(
+        recipe(tmp_path, **{"optim": ["sgd"]} | changes), grid or Grid([0.1]), common or {}, seed, str(seed)
+    )[0]
     return group.runs[0].run_id, group.group_id, group.row_id
 
 
@@ -109,6 +114,37 @@ def test_names_depend_on_what_matters_and_on_nothing_else(tmp_path):
 
 
 def test_the_best_on_dev_is_picked_and_of_equals_the_first(tmp_path):
-    group = plan_groups(recipe(tmp_path, optim=["sgd"]), Grid([0.1, 0.2, 0.3]), {}, 13)[0]
+    group = plan_groups(recipe(tmp_path, optim=["sgd"]), Grid([0.1, 0.2, 0.3]), {}, 13, "draw")[0]
     records = [{"run_id": run.run_id, "dev_accuracy": a} for run, a in zip(group.runs, [0.5, 0.8, 0.8], strict=True)]
     assert group.pick([{"run_id": "other", "dev_accuracy": 1.0}, *reversed(records)]) is group.runs[1]
+
+
+def test_spelling_out_a_default_is_the_same_run(tmp_path):
+    spelled = names(tmp_path, optim=["sgdm"], momentum=0.9, lr_form="effective")
+    assert spelled == names(tmp_path, optim=["sgdm"])
+
+
+def test_a_batch_size_below_one_is_refused(tmp_path):
+    with pytest.raises(UserError, match="per_device_train_batch_size must be at least 1, not 0"):
+        names(tmp_path, grid=Grid([0.1], [0]))
+
+
+def test_svag_stretches_the_steps_and_keeps_the_rate_and_the_batch(tmp_path):
+    training = recipe(tmp_path, optim=["sgd", "svag"], ell=2.0, max_steps=10, max_grad_norm=0.0)
+    sgd, svag = (group.runs[0] for group in plan_groups(training, Grid([0.1]), {}, 13, "draw"))
+    assert (svag.arguments.max_steps, svag.arguments.gradient_accumulation_steps) == (20, 2)
+    assert svag.arguments.learning_rate == sgd.arguments.learning_rate == 0.1
+    assert svag.settings["batch_size"] == sgd.settings["batch_size"] == 8
+    assert (svag.settings["ell"], svag.settings["momentum"]) == (2.0, 0.0)
+
+
+def test_clipping_is_off_for_all_rows_beside_svag(tmp_path):
+    training = recipe(tmp_path, optim=["sgd", "svag"], ell=2.0)
+    without_clipping_beside_svag(training, explicit=False)
+    assert training.max_grad_norm == 0.0
+    alone = recipe(tmp_path, optim=["sgd"])
+    without_clipping_beside_svag(alone, explicit=False)
+    assert alone.max_grad_norm == 1.0
+    with pytest.raises(UserError, match=r"max_grad_norm=0\.5 beside svag"):
+        without_clipping_beside_svag(recipe(tmp_path, optim=["svag"], ell=2.0, max_grad_norm=0.5), explicit=True)
+    without_clipping_beside_svag(recipe(tmp_path, optim=["svag"], ell=2.0, max_grad_norm=0.0), explicit=True)

@@ -1,13 +1,16 @@
+import pytest
 import torch
 
+from hf_momentum.errors import UserError
 from hf_momentum.training import RecipeTrainingArguments
-from hf_momentum.training.protocol import Grid, plan_groups
+from hf_momentum.training.grid import Grid
+from hf_momentum.training.protocol import plan_groups
 from hf_momentum.training.run_store import RunStore
 
 
 def group_of_two(tmp_path):
     training = RecipeTrainingArguments(output_dir=str(tmp_path), optim=["sgd"])
-    return plan_groups(training, Grid([0.1, 0.2]), {}, 13)[0]
+    return plan_groups(training, Grid([0.1, 0.2]), {}, 13, "draw")[0]
 
 
 def test_records_come_back_in_a_new_process_or_store(tmp_path):
@@ -38,3 +41,9 @@ def test_weights_come_back_for_their_run_only(tmp_path):
     store.drop_weights(group)
     assert not store.load_weights(group, group.runs[0], other)
     assert list((tmp_path / "picks").iterdir()) == []
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Cannot use .*file as --output_dir"):
+        RunStore(tmp_path / "file")
