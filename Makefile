@@ -60,3 +60,4 @@ clean:
 bench: $(VENV)/.demo
 	$(BIN)/python scripts/bench_optim.py --shapes demo
 	$(BIN)/python scripts/bench_masked_lm.py
+	$(BIN)/python scripts/bench_overhead.py

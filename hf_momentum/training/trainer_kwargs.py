@@ -122,8 +122,9 @@ def trainer_kwargs(
         callbacks: Your own, which go after ours.
 
     Returns:
-        A dictionary with `callbacks`, `optimizer_cls_and_kwargs` and, where given, `model_init`; for an optimizer of
-        the Trainer's own with your callbacks alone.
+        A dictionary with `callbacks`, `optimizer_cls_and_kwargs` and, where given, `model_init`; under SVAG also
+        `compute_loss_func=None`, which makes a second one beside it an error; for an optimizer of the Trainer's own
+        with your callbacks alone.
 
     Raises:
         UserError: If a setting is missing, not allowed or contradicts the training arguments.
@@ -155,6 +156,8 @@ def trainer_kwargs(
         svag = ours[1] if settings["optim"] == "svag" else None
         kwargs["optimizer_cls_and_kwargs"] = (OptimizerFactory, {"args": args, "svag": svag, **given})
         kwargs["callbacks"] = [*ours, *callbacks]
+        if svag is not None:
+            kwargs["compute_loss_func"] = None  # so that one beside it is an error of Python's own
     if model is not None:
         normalise_loss_per_micro_batch(model)
     return kwargs

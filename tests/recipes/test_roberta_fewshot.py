@@ -143,6 +143,16 @@ def test_killed_and_started_again_it_ends_with_the_same_records(main, command, t
     assert records(torn) == records(whole)
 
 
+def test_svag_beside_sgd_stretches_the_steps_and_clips_nothing(main, command, tmp_path, capsys):
+    main(command(optim="sgd svag", ell="2", zero_shot="False"))
+    sgd, svag = records(tmp_path / "out")
+    assert (sgd["steps"], svag["steps"]) == (4, 8)
+    assert (sgd["batch_size"], svag["batch_size"]) == (8, 8)
+    assert (svag["ell"], svag["momentum"], svag["effective_lr"]) == (2.0, 0.0, 0.1)
+    assert (sgd["max_grad_norm"], svag["max_grad_norm"]) == (0.0, 0.0)
+    assert "Beside svag no gradient is clipped" in capsys.readouterr().out
+
+
 def test_single_runs_are_one_line_each_and_settings_show(main, command, tmp_path):
     main(command(optim="sgd adamw_torch_fused", seeds="13", tuning="classifier", learning_rate=0.02))
     sgd, adam = records(tmp_path / "out")

@@ -358,3 +358,11 @@ def test_a_stock_trainer_follows_eq_3_step_by_step(tmp_path, optim, momentum):
                 p.copy_(x)
     for (name, p), q in zip(model.named_parameters(), mirror.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-12, rtol=0, msg=name)
+
+
+def test_a_loss_function_beside_svag_is_an_error(tmp_path):
+    model, args = tiny_classifier(), arguments(tmp_path, max_grad_norm=0.0, gradient_accumulation_steps=2)
+    kwargs = trainer_kwargs(model, args, optim="svag", lr=0.1, ell=2.0)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'compute_loss_func'"):
+        Trainer(model=model, args=args, compute_loss_func=lambda *_: None, **kwargs)
+    assert Trainer(model=model, args=args, train_dataset=TokenRows(), **kwargs).compute_loss_func is None
