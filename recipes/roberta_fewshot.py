@@ -207,12 +207,15 @@ class TaskRuns:
         reset_peak_memory(run.arguments.device)
         trainer = self.build_trainer(run, progress)
         result = trainer.train()
+        loss = (
+            trainer.accelerator.gather(torch.tensor([result.training_loss], device=run.arguments.device)).mean().item()
+        )
         evaluations = [log for log in trainer.state.log_history if "eval_accuracy" in log]
         dev_seconds = sum(log["eval_runtime"] for log in evaluations)
         record = self.record(run) | {
             "steps": result.global_step,
             "dev_accuracy": max(log["eval_accuracy"] for log in evaluations),
-            "train_loss": result.training_loss if math.isfinite(result.training_loss) else None,
+            "train_loss": loss if math.isfinite(loss) else None,
             "train_seconds": result.metrics["train_runtime"] - dev_seconds,
             "dev_seconds": dev_seconds,
             "peak_memory_bytes": peak_memory_bytes(run.arguments.device),

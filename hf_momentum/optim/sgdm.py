@@ -301,6 +301,9 @@ def _update(
 ) -> None:
     """Run torch's kernel on the parameters of one group; without buffers it is plain SGD."""
     momentum = (group["momentum"] or _ZERO_MOMENTUM) if buffers else 0.0
+    params, grads, buffers = (
+        [_local(t, p) for t, p in zip(ts, params, strict=False)] for ts in (params, grads, buffers)
+    )
     foreach, fused = group["foreach"], group["fused"]
     if foreach is None and fused is None:
         best_fused = bool(buffers) and params[0].device.type == "cpu" and not torch.compiler.is_compiling()
@@ -325,6 +328,14 @@ def _update(
         for original, tensor in zip(originals, used, strict=True):
             if tensor is not original:
                 original.copy_(tensor)
+
+
+def _local(tensor: Tensor, param: Tensor) -> Tensor:
+    # This process's shard of a DTensor, which torch's kernels do not all take; a step is the same element by element.
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    same = tensor.placements == param.placements
+    return (tensor if same else tensor.redistribute(placements=param.placements)).to_local()
 
 
 def _laid_out_like(params: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:

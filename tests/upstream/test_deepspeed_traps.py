@@ -26,7 +26,7 @@ print("processes:", PartialState(cpu=True).num_processes)
 @pytest.fixture(scope="module")
 def deepspeed(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("traps") / "seen.pt"
-    names = ["bare_optimizers", "bare_steps", "bare_offload", "bare_clipping", "checkpoint_of_adamw"]
+    names = ["bare_optimizers", "bare_steps", "bare_offload", "bare_clipping"]
     torchrun(1, "backend_run.py", output, *(f"backend_traps.{name}" for name in names))
     return torch.load(output, weights_only=True)
 
