@@ -59,7 +59,14 @@ from hf_momentum.training.command_line import (
 )
 from hf_momentum.training.grid import Grid, read_grid
 from hf_momentum.training.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
-from hf_momentum.training.protocol import Group, Run, is_sharded, plan_groups, without_clipping_beside_svag
+from hf_momentum.training.protocol import (
+    Group,
+    Run,
+    is_sharded,
+    plan_groups,
+    under_deepspeed,
+    without_clipping_beside_svag,
+)
 from hf_momentum.training.run_store import RunStore
 
 DEFAULTS = {
@@ -181,7 +188,7 @@ class TaskRuns:
         """A stock Trainer, with our optimizer splatted in and the best weights kept."""
         model = build_model(self.few, self.task, self.tokenizer, run.arguments.seed)
         arguments, callbacks = run.arguments, [RunProgressCallback(progress, f"  {run.label}")]
-        if is_sharded(arguments):
+        if under_deepspeed(arguments):
             arguments = dataclasses.replace(arguments, output_dir=str(self.checkpoints(run)))
         else:
             callbacks.append(BestWeightsCallback("accuracy"))
@@ -199,7 +206,7 @@ class TaskRuns:
         return trainer
 
     def checkpoints(self, run: Run) -> Path:
-        """Where DeepSpeed and FSDP keep a run's best weights."""
+        """Where DeepSpeed keeps a run's best weights."""
         return self.store.folder / "checkpoints" / run.run_id
 
     def train(self, run: Run, group: Group, progress: Progress) -> None:

@@ -38,11 +38,22 @@ class SVAG:
     Args:
         ell: ℓ, any real number of at least 1; at 1, plain SGD on the first half.
         accelerator: The loop's, with an even number of accumulation steps.
+
+    Raises:
+        UserError: If ℓ or the number of accumulation steps is not allowed, or DeepSpeed would clip gradients.
     """
 
     def __init__(self, ell: float, accelerator: Accelerator):
         svag_coefficients(ell)
         check_accumulation(accelerator.gradient_accumulation_steps)
+        plugin = accelerator.state.deepspeed_plugin
+        clipping = plugin.deepspeed_config.get("gradient_clipping", 0) if plugin is not None else 0
+        if clipping != 0:
+            raise UserError(
+                f"DeepSpeed would clip gradients (gradient_clipping: {clipping!r}; 'auto' is 1.0 in your own loop), "
+                "which cuts the noise that SVAG amplifies. Before accelerator.prepare set "
+                "accelerator.state.deepspeed_plugin.deepspeed_config['gradient_clipping'] = 0.0."
+            )
         self.ell = ell
         self.accelerator = accelerator
         self._index = 0  # of the next micro-batch in its step

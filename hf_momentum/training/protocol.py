@@ -1,7 +1,6 @@
 """The protocol of few-shot tables: a grid per seed, dev accuracy picks a run, test is evaluated once for the pick."""
 
 import functools
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from hf_momentum.errors import UserError
 from hf_momentum.optim import effective_lr, get_optimizer_info
 from hf_momentum.results.record import identifier
 from hf_momentum.training.arguments import MomentumTrainingArguments, RecipeTrainingArguments, is_our_optimizer
+from hf_momentum.training.callbacks.guard import fsdp_is_asked_for
 from hf_momentum.training.grid import Grid
 from hf_momentum.training.svag_arguments import svag_arguments
 
@@ -119,7 +119,7 @@ def _plan_run(training: RecipeTrainingArguments, optim: str, changes: dict[str, 
         default = get_optimizer_info("sgdm").defaults["momentum"]
         momentum = default if training.momentum is None else training.momentum
         changes |= {"learning_rate": effective_lr(rate, momentum), "lr_form": None}
-    if is_sharded(training):
+    if under_deepspeed(training):
         best = {"metric_for_best_model": "accuracy", "greater_is_better": True, "save_total_limit": 1}
         changes |= {"load_best_model_at_end": True, "save_strategy": "best", **best}
     arguments = training.for_run(optim, **changes)
@@ -151,8 +151,20 @@ def without_clipping_beside_svag(training: RecipeTrainingArguments, explicit: bo
     training.max_grad_norm = 0.0
 
 
+def under_deepspeed(arguments: MomentumTrainingArguments) -> bool:
+    """Whether DeepSpeed holds the weights, so that a callback cannot copy them.
+
+    Args:
+        arguments: The Trainer's arguments.
+
+    Returns:
+        True if DeepSpeed was asked for, in the arguments or by `accelerate launch`.
+    """
+    return bool(arguments.deepspeed or arguments.deepspeed_plugin)
+
+
 def is_sharded(arguments: MomentumTrainingArguments) -> bool:
-    """Whether DeepSpeed or FSDP holds the weights, so that a callback cannot copy them.
+    """Whether the weights may be spread over processes, so that none can write them all by itself.
 
     Args:
         arguments: The Trainer's arguments.
@@ -160,8 +172,7 @@ def is_sharded(arguments: MomentumTrainingArguments) -> bool:
     Returns:
         True under DeepSpeed or FSDP, asked for in the arguments or by `accelerate launch`.
     """
-    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in {"1", "true"}
-    return bool(arguments.deepspeed or arguments.deepspeed_plugin or arguments.fsdp or by_launcher)
+    return under_deepspeed(arguments) or fsdp_is_asked_for(arguments)
 
 
 def chosen_arguments(arguments: MomentumTrainingArguments) -> dict[str, Any]:

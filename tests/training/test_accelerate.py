@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,3 +115,13 @@ def test_the_example_loop_refuses_an_ell_without_use(main, capsys):
 
 def test_the_example_is_short():
     assert len(RECIPE.read_text(encoding="utf-8").splitlines()) < 60
+
+
+@pytest.mark.parametrize("clipping", ["auto", 1.0])
+def test_clipping_by_deepspeed_raises(clipping):
+    plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": clipping})
+    accelerator = SimpleNamespace(gradient_accumulation_steps=2, state=SimpleNamespace(deepspeed_plugin=plugin))
+    with pytest.raises(UserError, match=f"DeepSpeed would clip gradients .gradient_clipping: {clipping!r}"):
+        SVAG(2.0, accelerator)
+    plugin.deepspeed_config["gradient_clipping"] = 0.0
+    assert SVAG(2.0, accelerator).ell == 2.0
