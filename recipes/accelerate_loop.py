@@ -31,7 +31,6 @@ def main(argv: list[str] | None = None) -> None:
     if (is_svag := options.optim == "svag") != (options.ell is not None):
         parser.error("--optim svag and --ell need each other")
     lr, steps = svag_hyperparameters(options.lr, options.steps, options.ell if is_svag else 1)
-
     set_seed(0)
     digits = require_extra("sklearn.datasets", "text").load_digits()
     images, labels = torch.tensor(digits.data / 16).float(), torch.tensor(digits.target)
@@ -50,9 +49,10 @@ def main(argv: list[str] | None = None) -> None:
             accelerator.backward(svag.weigh(loss) if is_svag else loss)
             optimizer.step()
             optimizer.zero_grad()
-    with torch.no_grad():
+    with torch.inference_mode():
         correct = model(images[1500:].to(accelerator.device)).argmax(dim=1).cpu() == labels[1500:]
     accelerator.print(f"{options.optim}: {steps} steps, test accuracy {correct.float().mean():.3f}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

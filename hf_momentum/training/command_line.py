@@ -1,6 +1,7 @@
 """A recipe's command line: dataclass arguments, YAML files of them, and errors without tracebacks."""
 
 import difflib
+import gc
 import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import HfArgumentParser
 
@@ -125,6 +127,13 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str], defaults: dict[s
     return tuple(instances)
 
 
+def leave_process_group() -> None:
+    """End a distributed run in order: a process that exits inside its group may be aborted by the group's threads."""
+    if distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # models that DDP wrapped hold the group
+        distributed.destroy_process_group()
+
+
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Run a recipe's `main` on the command line; a user's mistake ends it with one message and status 2.
 
@@ -133,6 +142,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """
     try:
         record(main)(sys.argv[1:])  # tells torchrun what went wrong
+        leave_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

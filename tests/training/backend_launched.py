@@ -12,6 +12,7 @@ from torch import distributed as dist
 from transformers import Trainer, TrainingArguments
 
 from hf_momentum import trainer_kwargs
+from hf_momentum.training.command_line import leave_process_group
 
 
 def main(output: str) -> None:
@@ -56,3 +57,4 @@ def train(output: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave_process_group()

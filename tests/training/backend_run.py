@@ -29,6 +29,7 @@ from transformers import RobertaForSequenceClassification, Trainer, TrainingArgu
 from transformers.distributed import DistributedConfig
 
 from hf_momentum import trainer_kwargs
+from hf_momentum.training.command_line import leave_process_group
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "deepspeed"
 STEPS, ROWS_PER_STEP, RATE, ELL = 8, 8, 0.5, 4.0
@@ -225,3 +226,4 @@ def main(output: str, *cases: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_process_group()

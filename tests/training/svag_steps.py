@@ -16,6 +16,7 @@ from hf_momentum.optim import svag_coefficients
 from hf_momentum.training import OptimizerFactory, normalise_loss_per_micro_batch
 from hf_momentum.training.accelerate import SVAG
 from hf_momentum.training.callbacks.svag import SVAGCallback
+from hf_momentum.training.command_line import leave_process_group
 
 
 class Recorder(TrainerCallback):
@@ -157,3 +158,4 @@ if __name__ == "__main__":
     if torch.distributed.get_rank() == 0:
         saved = {"world_size": world_size, "errors": errors, "accelerate_error": in_a_loop}
         torch.save(saved, f"{sys.argv[1]}/errors.pt")
+    leave_process_group()

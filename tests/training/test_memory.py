@@ -8,6 +8,7 @@ import torch
 from stock_trainer import stock_trainer
 
 from hf_momentum.training.callbacks import OptimizerMemoryCallback, memory
+from hf_momentum.training.command_line import leave_process_group
 
 NAMES_OF_TWO = {f"{name}/rank_{rank}" for name in ("optimizer_state_bytes", "peak_memory_bytes") for rank in (0, 1)}
 
@@ -54,3 +55,4 @@ def test_two_processes_gather_their_figures(tmp_path):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave_process_group()

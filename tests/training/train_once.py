@@ -7,6 +7,7 @@ from tiny_models import TokenRows, tiny_classifier
 from transformers import Trainer
 
 from hf_momentum import MomentumTrainingArguments, trainer_kwargs
+from hf_momentum.training.command_line import leave_process_group
 
 
 def train(output: str, batch: int, accumulation: int, mend: bool = True) -> None:
@@ -38,3 +39,4 @@ def train(output: str, batch: int, accumulation: int, mend: bool = True) -> None
 
 if __name__ == "__main__":
     train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    leave_process_group()
