@@ -12,8 +12,10 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1
 BIN := $(VENV)/bin
 SOURCES := hf_momentum recipes scripts tests
-# One process, and no traceback of the launcher's own after a user's mistake.
-LAUNCH := accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+# One process on all cores (the launcher's default is one thread), and no traceback of the launcher's own after a
+# user's mistake.
+LAUNCH := accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(shell nproc 2>/dev/null || echo 1)
 
 .PHONY: fewshot test demo-test upstream style quality bench clean
 .DELETE_ON_ERROR:
