@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState
 from hf_momentum import SGDM, trainer_kwargs
 from hf_momentum.errors import UserError
 from hf_momentum.training.callbacks import MomentumGuard, MomentumScheduleCallback
-from hf_momentum.training.callbacks.guard import check_fsdp, check_loss_scaling, check_processes, check_stretched
+from hf_momentum.training.callbacks.guard import check_loss_scaling, check_processes, check_stretched
 from hf_momentum.training.loss_scaling import trainer_misreads_loss
 from hf_momentum.training.optimizers import innermost_optimizer
 
@@ -28,21 +28,6 @@ def classic(folder, optimizer, model, changes=None, scheduler=None, callbacks=()
         optimizers=(optimizer, scheduler),
         callbacks=[MomentumGuard(optimizer), *callbacks],
     )
-
-
-# The backend
-
-
-@pytest.mark.parametrize("asked_by", ["arguments", "launcher"])
-def test_fsdp_that_is_not_in_use_raises(tmp_path, monkeypatch, asked_by):
-    args = arguments(tmp_path)
-    check_fsdp(args)
-    if asked_by == "launcher":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    else:
-        args.fsdp = True
-    with pytest.raises(UserError, match="FSDP was asked for, but the processes train with NO"):
-        check_fsdp(args)
 
 
 # Identity of the optimizer

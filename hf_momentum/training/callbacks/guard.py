@@ -5,7 +5,6 @@ import os
 from typing import Any
 
 import torch
-from accelerate import DistributedType, PartialState
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -79,23 +78,6 @@ def fsdp_is_asked_for(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"}
 
 
-def check_fsdp(args: TrainingArguments) -> None:
-    """Raise if FSDP was asked for and the Trainer trains without, as it does on a CPU.
-
-    Args:
-        args: The Trainer's arguments.
-
-    Raises:
-        UserError: If so.
-    """
-    if fsdp_is_asked_for(args) and PartialState().distributed_type is not DistributedType.FSDP:
-        raise UserError(
-            "FSDP was asked for, but the processes train with "
-            f"{PartialState().distributed_type.value}: the Trainer's FSDP needs an accelerator. Leave fsdp out, or "
-            "use DeepSpeed, which runs on a CPU too."
-        )
-
-
 def check_stretched(args: TrainingArguments, ell: float | None) -> None:
     """Hold SVAG's ℓ to the training arguments; warn if `svag_arguments` did not make them.
 
@@ -130,7 +112,7 @@ class MomentumGuard(TrainerCallback, ExportableState):
       decay, ℓ, …): loading a checkpoint overwrites it.
     - The optimizer is new, unless it was loaded from a checkpoint: a second `train()` of one Trainer would go on with
       the momentum of the first.
-    - `accelerate launch` started the processes that it was asked for, and FSDP is in use if it was asked for.
+    - `accelerate launch` started the processes that it was asked for.
 
     What the run is trained with is exported to `state.stateful_callbacks["MomentumGuard"]`, and so to every
     checkpoint's `trainer_state.json`. Nothing is kept that a resume would need.
@@ -172,7 +154,6 @@ class MomentumGuard(TrainerCallback, ExportableState):
         self._check_new(inner, state)
         check_loss_scaling(args, trainer_misreads_loss(model) if self._misread is None else self._misread)
         check_processes(args)
-        check_fsdp(args)
         check_stretched(args, inner.param_groups[0].get("ell"))
         check_loaded(args, state, lr_scheduler)
         differences = find_differences(inner, lr_scheduler, state)
