@@ -110,7 +110,8 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str], defaults: dict[s
     Raises:
         UserError: If the command line holds a name that is no argument, or a value that is not allowed.
     """
-    parser = HfArgumentParser(types, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    layout = {"usage": "%(prog)s [options]", "formatter_class": _HelpFormatter}
+    parser = HfArgumentParser(types, description=description, allow_abbrev=False, **layout)
     parser.set_defaults(**defaults)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(
