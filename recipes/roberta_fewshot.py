@@ -57,16 +57,20 @@ from hf_momentum.training.command_line import (
     read_yaml,
     run_command,
 )
+from hf_momentum.training.environment import command_line, data_source, hardware, hub_model, learning_curve
 from hf_momentum.training.grid import Grid, read_grid
 from hf_momentum.training.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from hf_momentum.training.protocol import (
     Group,
     Run,
     is_sharded,
+    lr_schedule,
     plan_groups,
+    refuse_prompts_under_fsdp,
     under_deepspeed,
     without_clipping_beside_svag,
 )
+from hf_momentum.training.publish import Publisher, check_push
 from hf_momentum.training.run_store import RunStore
 
 DEFAULTS = {
@@ -108,7 +112,9 @@ def parse(argv: Sequence[str]) -> tuple[FewShotArguments, RecipeTrainingArgument
     if training.eval_strategy == "no":
         raise UserError("--eval_strategy no: the protocol picks on dev. Use steps or epoch.")
     without_clipping_beside_svag(training, explicit="max_grad_norm" in given)
+    check_push(training, few.task)
     few.tuning = few.tuning or ("classifier" if few.model == "demo" else "prompt")
+    refuse_prompts_under_fsdp(training, few.tuning)
     if "model" in defaults:
         grid = add_demo_settings(training, grid, given_options(argv))
     return few, training, grid
@@ -175,6 +181,8 @@ class TaskRuns:
     tokenizer: PreTrainedTokenizerBase
     groups: list[Group]
     store: RunStore
+    publisher: Publisher
+    about: dict[str, Any]  # what every record says besides: the data's source, the hardware, the command
 
     def tokenise(self) -> None:
         """Tokenise the splits, once for all runs; those to evaluate on are sorted by length."""
@@ -225,6 +233,7 @@ class TaskRuns:
             "train_loss": loss if math.isfinite(loss) else None,
             "train_seconds": result.metrics["train_runtime"] - dev_seconds,
             "dev_seconds": dev_seconds,
+            "curve": learning_curve(trainer.state.log_history),
             "peak_memory_bytes": peak_memory_bytes(run.arguments.device),
             "optimizer_state_bytes": optimizer_state_bytes(trainer.optimizer),
         }
@@ -233,6 +242,7 @@ class TaskRuns:
         elif not is_sharded(run.arguments) and self.store.is_best(group, record["dev_accuracy"]):
             self.store.save_weights(group, run, trainer.model)
         self.store.append(record)
+        self.publisher.keep(run, trainer)
         self.clean_up(run)
         progress.console.print(self.line(record), highlight=False)
 
@@ -245,8 +255,11 @@ class TaskRuns:
             **run.settings,
             **measured,
             "max_grad_norm": run.arguments.max_grad_norm,
+            "lr_schedule": lr_schedule(run.arguments),
+            "weight_decay": run.arguments.weight_decay,
             "processes": run.arguments.world_size,
             "packages": package_versions(),
+            **self.about,
         }
 
     def test(self, trainer: Trainer, group: Group) -> dict[str, Any]:
@@ -262,6 +275,7 @@ class TaskRuns:
         if not self.store.load_weights(group, run, trainer.model):
             trainer.train()
         self.store.append(self.store.find(run_id=run.run_id) | self.test(trainer, group))
+        self.publisher.keep(run, trainer)
         self.store.drop_weights(group)
         self.clean_up(run)
 
@@ -299,13 +313,14 @@ def plan(
     grid: Grid,
     tokenizer: PreTrainedTokenizerBase,
     store: RunStore,
+    publisher: Publisher,
     console: Console,
 ) -> list[TaskRuns]:
     """Load every task and plan every run, so that a mistake shows before the first one starts."""
     tasks = [get_task(name) for name in few.task]
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"Two tasks share a name: {', '.join(task.name for task in tasks)}. Rename one in its file.")
-    planned = []
+    planned, devices = [], hardware(training.device)
     for task in tasks:
         if few.tuning == "prompt":
             label_word_ids(task, tokenizer)
@@ -317,10 +332,13 @@ def plan(
         console.print(f"{task.name}: {first.source}", *filter(None, [first.mapping_note]), sep="\n", markup=False)
         common = {"task": task.name, "model": few.model, "tuning": few.tuning, "peft": few.peft, "k": few.k}
         common |= {"prompt": identifier({"task": repr(task)}), "test_data": identifier({"test": first.test})}
+        source = data_source(task.name, few.data_dir, few.hub_id) | {"test_examples": len(first.test)}
+        about = {"base_model": hub_model(few.model), "data": source, "hardware": devices, "command": command_line()}
         for seed, data in draws.items():
             draw = identifier({"train": data.train, "dev": data.dev})
             groups = plan_groups(training, grid, common, seed, draw)
-            planned.append(TaskRuns(few, task, data, tokenizer, groups, store))
+            publisher.groups += groups
+            planned.append(TaskRuns(few, task, data, tokenizer, groups, store, publisher, about))
     build_model(few, tasks[0], tokenizer, few.seeds[0])
     return planned
 
@@ -339,7 +357,8 @@ def main(argv: Sequence[str]) -> None:
     if "svag" in training.optim:
         console.print("Beside svag no gradient is clipped, in any row of this command (max_grad_norm 0).")
     store = RunStore(training.output_dir)
-    planned = plan(few, training, grid, load_tokenizer(few), store, console)
+    publisher, training.push_to_hub = Publisher(store, training.push_to_hub), False  # the runs push nothing
+    planned = plan(few, training, grid, load_tokenizer(few), store, publisher, console)
     zero_shot = few.tuning == "prompt" and few.zero_shot and not is_sharded(training)
     with run_progress(console, disable=not first) as progress:
         overall = progress.add_task("runs", total=sum(len(group.runs) for runs in planned for group in runs.groups))
@@ -356,6 +375,11 @@ def main(argv: Sequence[str]) -> None:
                     runs.test_pick(group, progress)
     print_summary(store.records, store.problems, console)
     console.print(f"Results: {store.file}", highlight=False)
+    if few.model_card or publisher.push:
+        name = Path(training.hub_model_id or training.output_dir).absolute().name
+        owner = {run.run_id: runs for runs in planned for group in runs.groups for run in group.runs}
+        build = lambda run: owner[run.run_id].build_trainer(run, progress)  # noqa: E731
+        console.print(publisher.publish(name, build, planned[0].tokenizer), soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

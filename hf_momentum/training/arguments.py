@@ -4,11 +4,12 @@ import json
 from dataclasses import dataclass, field, fields
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_momentum.errors import UserError
 from hf_momentum.optim import MOMENTUM_SCHEDULES, get_optimizer_info, list_optimizers
+from hf_momentum.training.callbacks.lr_milestones import check_milestones
 from hf_momentum.training.callbacks.momentum_schedule import get_schedule
 from hf_momentum.training.optimizers import build_optimizer
 
@@ -65,6 +66,9 @@ class MomentumTrainingArguments(TrainingArguments):
         ell: ℓ of `svag`, a real number of at least 1; the learning rate stays η, training runs at η/ℓ.
         momentum_schedule: Name of a schedule of β for `sgdm`, in place of `momentum`.
         momentum_schedule_kwargs: Its keywords, as a dict or JSON text.
+        lr_milestones: Fractions of the training at which the learning rate is multiplied by `lr_decay`, with any
+            optimizer; for `lr_scheduler_type` constant or constant_with_warmup.
+        lr_decay: The factor.
     """
 
     optim: str = field(
@@ -102,6 +106,14 @@ class MomentumTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": """Keywords of --momentum_schedule as JSON, such as '{"start": 0.5, "end": 0.9}'."""},
     )
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Fractions of the training at which the learning rate is multiplied by --lr_decay, such as 0.5 "
+            "0.75; for --lr_scheduler_type constant or constant_with_warmup."
+        },
+    )
+    lr_decay: float = field(default=0.1, metadata={"help": "The factor at each of --lr_milestones."})
 
     def __post_init__(self):
         self.momentum_schedule_kwargs = _parsed(self.momentum_schedule_kwargs)
@@ -113,6 +125,8 @@ class MomentumTrainingArguments(TrainingArguments):
             self._check_foreign(name)
         super().__post_init__()
         self.optim = name
+        if self.lr_milestones:
+            check_milestones(self.lr_milestones, self.lr_decay, SchedulerType(self.lr_scheduler_type).value)
 
     def _check_ours(self, name: str) -> None:
         if self.optim_args:
@@ -232,6 +246,7 @@ class FewShotArguments:
         grid: YAML file of learning rates × batch sizes (× optimizers).
         config: YAML file of any of these arguments.
         zero_shot: Whether the untrained model gets a row, where prompts allow it.
+        model_card: Whether the results are written as a Hub model card; `push_to_hub` does so too.
     """
 
     _argument_group_name = "few-shot protocol"
@@ -265,6 +280,9 @@ class FewShotArguments:
     )
     config: str | None = field(default=None, metadata={"help": "YAML file of arguments; the command line wins."})
     zero_shot: bool = field(default=True, metadata={"help": "Add the untrained model's row under prompt tuning."})
+    model_card: bool = field(
+        default=False, metadata={"help": "Write the results as a Hub model card into --output_dir; --push_to_hub too."}
+    )
 
     def __post_init__(self):
         if self.k < 1:

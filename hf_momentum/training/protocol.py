@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import SchedulerType
+
 from hf_momentum.errors import UserError
 from hf_momentum.optim import effective_lr, get_optimizer_info
 from hf_momentum.results.record import identifier
@@ -131,6 +133,24 @@ def _plan_run(training: RecipeTrainingArguments, optim: str, changes: dict[str, 
     return Run(arguments, settings)
 
 
+def lr_schedule(arguments: MomentumTrainingArguments) -> str:
+    """The learning rate's schedule in a few words.
+
+    Args:
+        arguments: One run's arguments.
+
+    Returns:
+        Such as `linear`, `constant warmup 6` (steps), `linear warmup 0.5` (of the training) or `constant ×0.1 at 0.5,
+        0.75`.
+    """
+    words = [SchedulerType(arguments.lr_scheduler_type).value.removesuffix("_with_warmup")]
+    if arguments.warmup_steps:
+        words.append(f"warmup {arguments.warmup_steps:g}")
+    if arguments.lr_milestones:
+        words.append(f"×{arguments.lr_decay:g} at " + ", ".join(f"{value:g}" for value in arguments.lr_milestones))
+    return " ".join(words)
+
+
 def without_clipping_beside_svag(training: RecipeTrainingArguments, explicit: bool) -> None:
     """Turn gradient clipping off for all rows alike where one of them is SVAG: clipping cuts the noise it amplifies.
 
@@ -173,6 +193,23 @@ def is_sharded(arguments: MomentumTrainingArguments) -> bool:
         True under DeepSpeed or FSDP, asked for in the arguments or by `accelerate launch`.
     """
     return under_deepspeed(arguments) or fsdp_is_asked_for(arguments)
+
+
+def refuse_prompts_under_fsdp(arguments: MomentumTrainingArguments, tuning: str) -> None:
+    """Raise for masked-LM heads under FSDP2, which cannot shard the bias that they share with their decoder.
+
+    Args:
+        arguments: The Trainer's arguments.
+        tuning: `prompt` or `classifier`.
+
+    Raises:
+        UserError: If prompts are to be tuned under FSDP.
+    """
+    if tuning == "prompt" and fsdp_is_asked_for(arguments) and not under_deepspeed(arguments):
+        raise UserError(
+            "FSDP cannot shard a masked-LM head, whose decoder shares its bias. Use DeepSpeed ZeRO "
+            "(recipes/accelerate/deepspeed_zero3.yaml), or --tuning classifier."
+        )
 
 
 def chosen_arguments(arguments: MomentumTrainingArguments) -> dict[str, Any]:

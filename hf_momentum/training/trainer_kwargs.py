@@ -17,6 +17,7 @@ from hf_momentum.training.arguments import (
     is_our_optimizer,
 )
 from hf_momentum.training.callbacks.guard import MomentumGuard
+from hf_momentum.training.callbacks.lr_milestones import LRMilestonesCallback
 from hf_momentum.training.callbacks.momentum_schedule import MomentumScheduleCallback, get_schedule
 from hf_momentum.training.loss_scaling import normalise_loss_per_micro_batch
 from hf_momentum.training.optimizers import build_optimizer
@@ -142,6 +143,8 @@ def trainer_kwargs(
         "momentum_schedule_kwargs": momentum_schedule_kwargs,
     }
     given = {key: value for key, value in given.items() if value is not None}
+    if getattr(args, "lr_milestones", None):
+        callbacks = [LRMilestonesCallback(args.lr_milestones, args.lr_decay), *callbacks]
     kwargs = {"callbacks": list(callbacks)}
     if model_init is not None:
         kwargs["model_init"] = _with_mended_loss(model_init)

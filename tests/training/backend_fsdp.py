@@ -3,7 +3,7 @@
 from unittest import mock
 
 import torch
-from backend_run import RATE, backend_arguments, cpu_as_accelerator, shared_folder
+from backend_run import RATE, backend_arguments, build, cpu_as_accelerator, shared_folder
 from tiny_models import TokenRows, tiny_classifier
 from torch import distributed as dist
 from torch import nn
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from hf_momentum import SGDM
+from hf_momentum.errors import UserError
 
 STEPS = 6
 
@@ -135,3 +136,12 @@ def bare_cpu() -> bool:
     trainer, _ = fsdp_trainer(as_accelerator=False)
     trainer.train()
     return trainer.is_fsdp_enabled
+
+
+def unsharded() -> str:
+    """What the Trainer's `fsdp=True` says on a CPU, where accelerate trains with DDP instead."""
+    try:
+        build(shared_folder(), "fsdp", "sgd", gradient_accumulation_steps=1).train()
+    except UserError as error:
+        return str(error)
+    return "no error"

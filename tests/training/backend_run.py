@@ -187,6 +187,7 @@ def shared_folder() -> str:
 def run_case(case: str) -> dict:
     """Train; with `:resume` save at half time and let another Trainer, on another model, go on from there."""
     backend, optimizer, variant = [*case.split(":"), ""][:3]
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # which a case before has left there
     folder, steps = shared_folder(), []
     with contextlib.ExitStack() as stack:
         counted = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: steps.append(type(optimizer)))

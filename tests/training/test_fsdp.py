@@ -2,7 +2,7 @@
 
 What of FSDP2 runs on a CPU: `fully_shard` with gloo, and models that `from_pretrained(distributed_config=...)` shards.
 What does not: the Trainer's `fsdp=True`. accelerate 1.15 reads it for processes of an accelerator only; on a CPU it
-trains with DDP and says nothing. The code behind it is the same for every device, so `cpu_as_accelerator` leads past
+trains with DDP and says nothing, so the guard raises. The code behind it is the same for every device, so `cpu_as_accelerator` leads past
 this one question. Not covered without GPUs: NCCL, CPU offload, mixed precision of shards, and 2-D meshes.
 """
 
@@ -14,7 +14,7 @@ from backend_run import OPTIMIZERS, run_case
 DDP = ["plain:sgdm:resume", "plain:svag1", "plain:svag2", "plain:schedule:resume"]
 SHARDED = ["fsdp:sgdm:resume", "fsdp:svag2", "sharded:sgdm"]
 RAGGED = ["plain:sgd:ragged", "plain:sgd:drop", "plain:sgd:refilled"]
-FUNCTIONS = ["kernels", "mixed_group", "state_dicts"]
+FUNCTIONS = ["kernels", "mixed_group", "state_dicts", "unsharded"]
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +92,7 @@ def test_the_full_state_of_shards_is_that_of_one_process(two):
     assert seen["buffers"] < 1e-14
     assert seen["resumed"] < 1e-14
     assert seen["settings"] == (0.3, 0.8, 0.8)
+
+
+def test_fsdp_that_shards_nothing_raises(two):
+    assert two["backend_fsdp.unsharded"].startswith("FSDP was asked for, but no parameter is sharded")

@@ -4,6 +4,7 @@ import importlib
 
 _EXPORTS = {
     "BestWeightsCallback": "best_weights",
+    "LRMilestonesCallback": "lr_milestones",
     "MomentumGuard": "guard",
     "MomentumScheduleCallback": "momentum_schedule",
     "OptimizerMemoryCallback": "memory",

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -78,6 +79,32 @@ def fsdp_is_asked_for(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in {"1", "true"}
 
 
+def check_fsdp(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise if FSDP was asked for in several processes and the model is not sharded.
+
+    accelerate reads `fsdp=True` for processes of an accelerator only; on a CPU it trains with DDP and says nothing.
+
+    Args:
+        args: The Trainer's arguments.
+        model: The model in use.
+
+    Raises:
+        UserError: If so.
+    """
+    xla = bool(args.fsdp_config and args.fsdp_config.get("xla"))  # shards by other means
+    if args.world_size == 1 or xla or not fsdp_is_asked_for(args):
+        return
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if not wrapped and not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise UserError(
+            "FSDP was asked for, but no parameter is sharded: the Trainer's FSDP needs an accelerator, and on a CPU "
+            "the processes train with DDP. Leave fsdp out, or use DeepSpeed, which runs on a CPU too."
+        )
+
+
 def check_stretched(args: TrainingArguments, ell: float | None) -> None:
     """Hold SVAG's ℓ to the training arguments; warn if `svag_arguments` did not make them.
 
@@ -112,7 +139,7 @@ class MomentumGuard(TrainerCallback, ExportableState):
       decay, ℓ, …): loading a checkpoint overwrites it.
     - The optimizer is new, unless it was loaded from a checkpoint: a second `train()` of one Trainer would go on with
       the momentum of the first.
-    - `accelerate launch` started the processes that it was asked for.
+    - `accelerate launch` started the processes that it was asked for, and FSDP shards the model if it was asked for.
 
     What the run is trained with is exported to `state.stateful_callbacks["MomentumGuard"]`, and so to every
     checkpoint's `trainer_state.json`. Nothing is kept that a resume would need.
@@ -154,6 +181,7 @@ class MomentumGuard(TrainerCallback, ExportableState):
         self._check_new(inner, state)
         check_loss_scaling(args, trainer_misreads_loss(model) if self._misread is None else self._misread)
         check_processes(args)
+        check_fsdp(args, model)
         check_stretched(args, inner.param_groups[0].get("ell"))
         check_loaded(args, state, lr_scheduler)
         differences = find_differences(inner, lr_scheduler, state)
