@@ -42,23 +42,81 @@ def lr(
     typer.echo(f"{conversions[to](value, momentum):.6g}")
 
 
-@app.command()
-def table(results: Annotated[list[Path], typer.Argument(help="Files of runs (results.jsonl), or folders with one.")]):
-    """Print the accuracy table and the paired differences of finished runs."""
-    from hf_momentum.results.record import read_records
-    from hf_momentum.results.tables import print_summary
+Results = Annotated[list[Path], typer.Argument(help="Files of runs (results.jsonl), or folders with one.")]
+Format = Annotated[str, typer.Option("--format", help="terminal, markdown, latex or csv.")]
+Output = Annotated[Path | None, typer.Option(help="Write to this file instead of the terminal.")]
+Metric = Annotated[str, typer.Option(help="The field of a record to compare.")]
 
-    records, problems = [], []
-    for path in results:
-        file = path / "results.jsonl" if path.is_dir() else path
-        if not file.exists():
-            raise UserError(f"No such file: {file}. Give a results.jsonl, or the folder that a recipe wrote it to.")
-        found = read_records(file)
-        records += found.records
-        problems += found.problems
-    if not any(record.get("test_accuracy") is not None for record in records):
-        problems.append("No tested run yet: a table needs records with a test_accuracy.")
-    print_summary(records, problems)
+
+@app.command()
+def table(results: Results, form: Format = "terminal", output: Output = None) -> None:
+    """Show the accuracy table of finished runs, with the paired differences (CSV: the table's rows alone)."""
+    from hf_momentum.results.export import show
+    from hf_momentum.results.record import read_results
+    from hf_momentum.results.tables import accuracy_report
+
+    found = read_results(results)
+    if not any(record.get("test_accuracy") is not None for record in found.records):
+        found.problems.append("No tested run yet: a table needs records with a test_accuracy.")
+    show(accuracy_report(found.records, found.problems), form, output)
+
+
+@app.command()
+def compare(
+    results: Results,
+    margin: Annotated[
+        float, typer.Option(help="The largest difference that counts as none, in points; choose it beforehand.")
+    ],
+    alpha: Annotated[float, typer.Option(help="Level of each test.")] = 0.05,
+    confidence: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
+    metric: Metric = "test_accuracy",
+    form: Format = "terminal",
+    output: Output = None,
+) -> None:
+    """Say per task whether two methods are equivalent within a margin, different, or undecided."""
+    from hf_momentum.results.comparisons import comparison_report
+    from hf_momentum.results.export import show
+    from hf_momentum.results.record import read_results
+
+    found = read_results(results)
+    show(comparison_report(found.records, margin, alpha, confidence, metric, found.problems), form, output)
+
+
+@app.command()
+def plot(
+    results: Results,
+    figure: Annotated[str, typer.Option(help="lr, difference or curves.")],
+    output: Annotated[Path, typer.Option(help="The folder for FIGURE.png, .svg and .jsonl.")] = Path("figures"),
+    margin: Annotated[float | None, typer.Option(help="difference: draw ±margin in points as a band.")] = None,
+    confidence: Annotated[float, typer.Option(help="difference: level of the intervals.")] = 0.95,
+) -> None:
+    """Draw accuracy over the learning rate, paired differences, or learning curves."""
+    from hf_momentum.results.plots import write_figure
+    from hf_momentum.results.record import read_results
+
+    found = read_results(results)
+    for file in write_figure(figure, found.records, output, margin, confidence):
+        typer.echo(file)
+    for problem in found.problems:
+        typer.echo(problem, err=True)
+
+
+@app.command()
+def card(
+    results: Results,
+    output: Annotated[Path, typer.Option(help="Folder for README.md and .eval_results.")] = Path("card"),
+    figure: Annotated[Path | None, typer.Option(help="A PNG to show in the card.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name. Default: the output folder's.")] = None,
+) -> None:
+    """Write a Hub model card from finished runs alone."""
+    from hf_momentum.results.card import results_card, write_card
+    from hf_momentum.results.record import read_results
+
+    found = read_results(results)
+    for problem in found.problems:
+        typer.echo(problem, err=True)
+    made = results_card(found.records, name or output.absolute().name, figure)
+    typer.echo(f"Model card: {write_card(made, output)}")
 
 
 @app.command()

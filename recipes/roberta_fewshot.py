@@ -378,8 +378,10 @@ def main(argv: Sequence[str]) -> None:
     if few.model_card or publisher.push:
         name = Path(training.hub_model_id or training.output_dir).absolute().name
         owner = {run.run_id: runs for runs in planned for group in runs.groups for run in group.runs}
-        build = lambda run: owner[run.run_id].build_trainer(run, progress)  # noqa: E731
-        console.print(publisher.publish(name, build, planned[0].tokenizer), soft_wrap=True, markup=False)
+        said = publisher.publish(
+            name, lambda run: owner[run.run_id].build_trainer(run, progress), planned[0].tokenizer
+        )
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from hf_momentum.errors import UserError
 
 FORMAT = 1
 PACKAGES = ("hf_momentum", "torch", "transformers", "accelerate")
@@ -77,19 +80,24 @@ def append_record(path: str | os.PathLike, record: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Results:
-    """What a results file holds.
+    """What results files hold.
 
     Attributes:
-        records: The readable records, in the file's order.
-        problems: One sentence, with file and line number, for each line that could not be read.
+        records: The readable records, in the files' order.
+        problems: One sentence, with file and line number, for each line that is not used.
+        places: `file:line` of each record.
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
 
 
 def read_records(path: str | os.PathLike) -> Results:
     """Read a results file; a bad line is reported and the rest still used.
+
+    A run may appear twice, when it was trained and again with its test; of two lines with the same run, stage and
+    group the later one stands.
 
     Args:
         path: The JSON-lines file. One that does not exist holds no records.
@@ -100,16 +108,121 @@ def read_records(path: str | os.PathLike) -> Results:
     results = Results()
     if not Path(path).exists():
         return results
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            results.problems.append(f"{path}:{number}: not a whole JSON object ({error.msg}); the line is left out.")
-            continue
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            results.problems.append(f"{path}:{number}: not a record of format {FORMAT}; the line is left out.")
+            record = _parse(line)
+        except ValueError as error:
+            results.problems.append(f"{path}:{number}: {error}; the line is left out.")
         else:
             results.records.append(record)
-    return results
+            results.places.append(f"{path}:{number}")
+    return _without_duplicates(results)
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode(), parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a whole JSON object ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason})") from error
+    if not isinstance(record, dict) or "format" not in record:
+        raise ValueError(f"not a record of format {FORMAT}")
+    if record["format"] != FORMAT:
+        raise ValueError(f"a record of format {record['format']!r}, and this version reads format {FORMAT}")
+    return record
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a value of JSON")
+
+
+def _without_duplicates(results: Results) -> Results:
+    last: dict[Any, int] = {}
+    for index, record in enumerate(results.records):
+        last[_identity(record) or index] = index
+    kept, problems = set(last.values()), list(results.problems)
+    for index, (record, place) in enumerate(zip(results.records, results.places, strict=True)):
+        if index not in kept:
+            later = results.places[last[_identity(record)]]
+            problems.append(f"{place}: the same run and stage as {later}; the later line stands.")
+    order = sorted(kept)
+    return Results([results.records[i] for i in order], problems, [results.places[i] for i in order])
+
+
+def _identity(record: dict[str, Any]) -> tuple[str, ...] | None:
+    """What two lines share if one repeats the other; a run may be tested once for each grid that picked it."""
+    if "run_id" not in record:
+        return None
+    return tuple(json.dumps(record.get(name), sort_keys=True) for name in ("run_id", "stage", "group_id"))
+
+
+_TEXT, _NUMBER, _WHOLE = (str,), (int, float), (int,)
+_NEEDED = {"task": _TEXT, "model": _TEXT, "optim": _TEXT, "seed": (*_WHOLE, type(None))}
+_OPTIONAL = {
+    **dict.fromkeys(("run_id", "tuning", "momentum_schedule", "peft", "group", "lr_schedule"), _TEXT),
+    **dict.fromkeys(("prompt", "test_data"), _TEXT),
+    **dict.fromkeys(("k", "batch_size", "steps", "grid_size"), _WHOLE),
+    **dict.fromkeys(("dev_accuracy", "test_accuracy", "learning_rate", "effective_lr", "momentum", "ell"), _NUMBER),
+    **dict.fromkeys(("optimizer_state_bytes", "max_grad_norm"), _NUMBER),
+    "packages": (dict,),
+}
+
+
+def find_fault(record: dict[str, Any]) -> str | None:
+    """Why a record cannot stand in a table or figure.
+
+    Args:
+        record: A record.
+
+    Returns:
+        Such as "no 'seed'"; None if it can, or has no accuracy yet.
+    """
+    if record.get("dev_accuracy") is None and record.get("test_accuracy") is None:
+        return None
+    for name, kinds in _NEEDED.items():
+        if name not in record:
+            return f"a result with no {name!r}"
+        if not isinstance(record[name], kinds):
+            return f"a result whose {name!r} is {record[name]!r}"
+    if record["seed"] is None and record["optim"] != "zero-shot":
+        return "a trained result whose 'seed' is None"
+    for name, kinds in _OPTIONAL.items():
+        value = record.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            return f"a result whose {name!r} is {value!r}"
+    return None
+
+
+def read_results(paths: Sequence[str | os.PathLike]) -> Results:
+    """Read the results of several commands as one: whatever a table or figure cannot use is reported and left out.
+
+    Args:
+        paths: Results files, or folders with a `results.jsonl`.
+
+    Returns:
+        Records and problems.
+
+    Raises:
+        UserError: If a file does not exist.
+    """
+    merged = Results()
+    for file in dict.fromkeys(_results_file(Path(path)) for path in paths):
+        found = read_records(file)
+        merged.problems.extend(found.problems)
+        for record, place in zip(found.records, found.places, strict=True):
+            if fault := find_fault(record):
+                merged.problems.append(f"{place}: {fault}; the line is left out.")
+            else:
+                merged.records.append(record)
+                merged.places.append(place)
+    return _without_duplicates(merged)
+
+
+def _results_file(path: Path) -> Path:
+    file = path / "results.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"No such file: {file}. Give a results.jsonl, or the folder that a recipe wrote it to.")
+    return file

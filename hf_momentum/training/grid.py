@@ -65,6 +65,8 @@ def read_grid(path: str) -> Grid:
         UserError: If the file is missing or holds anything else.
     """
     content = read_yaml(path)
+    if {"recipe", "search"} <= content.keys():
+        raise UserError(f"{path} describes a sweep, not a grid. Run it with: python scripts/sweep.py {path}")
     if unknown := content.keys() - {*SWEPT, "defaults"}:
         raise UserError(f"{path}: unknown key {min(unknown)!r}. Allowed: {', '.join(SWEPT)}, defaults.")
     defaults = content.get("defaults", {})

@@ -19,6 +19,7 @@ from hf_momentum.training.arguments import (
 from hf_momentum.training.callbacks.guard import MomentumGuard
 from hf_momentum.training.callbacks.lr_milestones import LRMilestonesCallback
 from hf_momentum.training.callbacks.momentum_schedule import MomentumScheduleCallback, get_schedule
+from hf_momentum.training.callbacks.trackers import HyperparameterLogCallback, LogFirstCallbacks
 from hf_momentum.training.loss_scaling import normalise_loss_per_micro_batch
 from hf_momentum.training.optimizers import build_optimizer
 
@@ -120,7 +121,8 @@ def trainer_kwargs(
         momentum_schedule_kwargs: Keywords of a schedule that is named, such as `{"start": 0.5, "end": 0.9}`.
         override: After a resume go on with these hyperparameters where the checkpoint has others, instead of raising.
         allow_clipping: Let SVAG run with `max_grad_norm > 0`.
-        callbacks: Your own, which go after ours.
+        callbacks: Your own, which go after ours. Give them here: only the list that comes back, given to the Trainer
+            as it is, puts what extends the logs in front of the trackers of `report_to`.
 
     Returns:
         A dictionary with `callbacks`, `optimizer_cls_and_kwargs` and, where given, `model_init`; under SVAG also
@@ -145,7 +147,7 @@ def trainer_kwargs(
     given = {key: value for key, value in given.items() if value is not None}
     if getattr(args, "lr_milestones", None):
         callbacks = [LRMilestonesCallback(args.lr_milestones, args.lr_decay), *callbacks]
-    kwargs = {"callbacks": list(callbacks)}
+    kwargs = {"callbacks": LogFirstCallbacks(callbacks)}
     if model_init is not None:
         kwargs["model_init"] = _with_mended_loss(model_init)
     own = isinstance(args, TrainingArguments) and optim is None and not is_our_optimizer(str(args.optim))
@@ -158,7 +160,7 @@ def trainer_kwargs(
         ours = [MomentumGuard(override=override), *_callbacks(settings, allow_clipping)]
         svag = ours[1] if settings["optim"] == "svag" else None
         kwargs["optimizer_cls_and_kwargs"] = (OptimizerFactory, {"args": args, "svag": svag, **given})
-        kwargs["callbacks"] = [*ours, *callbacks]
+        kwargs["callbacks"] = LogFirstCallbacks([*ours, HyperparameterLogCallback(), *callbacks])
         if svag is not None:
             kwargs["compute_loss_func"] = None  # so that one beside it is an error of Python's own
     if model is not None:

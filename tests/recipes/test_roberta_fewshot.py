@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from tiny_models import save_tiny_roberta
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -18,7 +21,7 @@ from hf_momentum.tasks.prompts import get_task
 from hf_momentum.training import FewShotArguments
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "roberta_fewshot.py"
-VOLATILE = ("train_seconds", "dev_seconds", "eval_seconds", "peak_memory_bytes")
+VOLATILE = ("train_seconds", "dev_seconds", "eval_seconds", "peak_memory_bytes", "command")
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +316,98 @@ def test_the_demo_brings_a_rate_for_our_optimizers_only(recipe):
     assert training.max_steps == 100
     _, training, grid = recipe.parse(["--lr_form", "heavy_ball", "--num_train_epochs", "2"])
     assert (grid.learning_rate, training.max_steps) == (None, -1)
+
+
+def test_the_card_is_that_of_the_commands_own_runs(main, command, tmp_path, capsys):
+    main(command(optim="adamw_torch", learning_rate=0.001))  # in the same folder, and not in the card
+    main([*command(optim="sgd sgdm", seeds="13 21"), "--model_card"])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    lines = [
+        line for line in records(tmp_path / "out") if line["stage"] == "test" and line["optim"] in ("sgd", "sgdm")
+    ]
+    means = {
+        optim: sum(line["test_accuracy"] for line in lines if line["optim"] == optim) / 2 for optim in ("sgd", "sgdm")
+    }
+    assert [result.metric_value for result in card.data.eval_results] == [
+        pytest.approx(means[optim], abs=1e-4) for optim in ("sgd", "sgdm")
+    ]
+    assert {result.dataset_type for result in card.data.eval_results} == {"local-folder:sst-2"}
+    assert "adamw" not in str(card)
+    assert "2 seeds" in str(card)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert f"Model card: {tmp_path / 'out' / 'README.md'}" in capsys.readouterr().out
+
+
+def test_what_a_record_says_besides_does_not_name_the_run(main, command, tmp_path):
+    main(command(seeds="13", max_steps=4, logging_steps=2))
+    written = (tmp_path / "out" / "results.jsonl").read_bytes()
+    main([*command(seeds="13", max_steps=4, logging_steps=1), "--model_card"])
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == written
+    record = json.loads(written.splitlines()[-1])
+    assert record["data"] == {"source": "folder", "test_examples": 6}
+    assert record["hardware"]["cores"] >= 1
+    assert record["base_model"] is None
+    assert record["weight_decay"] == 0.0
+    assert [point["step"] for point in record["curve"]] == [1, 2, 3, 4]
+    assert max(point["dev_accuracy"] for point in record["curve"]) == record["dev_accuracy"]
+    assert [point["step"] for point in record["curve"] if "train_loss" in point] == [2, 4]
+
+
+class Hub:
+    """Takes the place of the Hub."""
+
+    def create_repo(self, name, **kwargs):
+        self.name = name
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(self, folder_path, **kwargs):
+        folder = Path(folder_path)
+        self.files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        self.readme = (folder / "README.md").read_text(encoding="utf-8")
+        self.weights = load_file(folder / "model.safetensors")
+        return SimpleNamespace(repo_url=f"https://hub/me/{self.name}")
+
+
+def test_push_takes_the_best_on_dev_over_the_seeds_as_it_was_tested(
+    main, recipe, command, tmp_path, monkeypatch, capsys
+):
+    hub, tested = Hub(), {}
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    test = recipe.TaskRuns.test
+
+    def noted(self, trainer, group):
+        tested[trainer.args.seed] = {name: t.clone() for name, t in trainer.model.state_dict().items()}
+        return test(self, trainer, group)
+
+    monkeypatch.setattr(recipe.TaskRuns, "test", noted)
+    file = grid(tmp_path, "learning_rate: [0.01, 1.0]\n")
+    changes = {"grid": file, "learning_rate": None, "seeds": "13 21", "task": "snli", "max_steps": 6}
+    argv = [*command(**changes, hub_token="hf_secret"), "--push_to_hub", "--hub_model_id", "me/mine"]
+    main(argv)
+    picks = [line for line in records(tmp_path / "out") if line["stage"] == "test" and line["seed"]]
+    best = max(picks, key=lambda line: line["dev_accuracy"])
+    assert hub.name == "me/mine"
+    assert f"The weights here are those of seed {best['seed']}" in hub.readme
+    assert "\n# mine\n" in hub.readme
+    assert "hf_secret" not in hub.readme
+    assert {"README.md", "results.jsonl", "model.safetensors", "tokenizer.json"} <= hub.files
+    assert not any(name.startswith("picks") for name in hub.files)
+    for name, tensor in hub.weights.items():
+        torch.testing.assert_close(tensor, tested[best["seed"]][name], rtol=0, atol=0)
+    assert "Pushed: https://hub/me/me/mine" in capsys.readouterr().out
+
+
+def test_a_push_that_cannot_be_made_leaves_card_and_model(main, command, tmp_path, capsys):
+    main([*command(), "--push_to_hub"])  # the tests are offline
+    output = capsys.readouterr().out
+    assert "Not pushed (Cannot reach" in output
+    assert f"The model and its finished card are in {tmp_path / 'out'}" in output
+    assert "The weights here are those of seed 13" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("changes", [{"optim": "sgd sgdm"}, {"task": "sst-2 snli"}])
+def test_a_push_of_several_models_is_refused_before_any_run(main, command, changes, tmp_path):
+    with pytest.raises(UserError, match="pushes one model"):
+        main([*command(**changes), "--push_to_hub"])
+    assert not (tmp_path / "out").exists()

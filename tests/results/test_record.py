@@ -2,8 +2,10 @@ import json
 import multiprocessing
 
 import pytest
+from sample_runs import run
 
-from hf_momentum.results.record import append_record, identifier, package_versions, read_records
+from hf_momentum.errors import UserError
+from hf_momentum.results.record import append_record, identifier, package_versions, read_records, read_results
 
 
 def test_identifier_is_stable_and_ignores_order():
@@ -36,13 +38,79 @@ def test_torn_last_line_is_reported_and_does_not_swallow_the_next(tmp_path):
     assert results.problems[0].startswith(f"{file}:2: not a whole JSON object")
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"format": 99}', '{"a": 1}'])
-def test_foreign_lines_are_reported(tmp_path, line):
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"[1]", "not a record of format 1"),
+        (b'{"a": 1}', "not a record of format 1"),
+        (b'{"format": 99}', "a record of format 99, and this version reads format 1"),
+        (b'{"format": 1, "a": NaN}', "NaN is not a value of JSON"),
+        (b'{"format": 1, "a": "\xff"}', "not UTF-8 text (invalid start byte)"),
+        (b'{"format": 1', "not a whole JSON object (Expecting ',' delimiter)"),
+    ],
+)
+def test_bad_lines_are_reported_and_the_rest_used(tmp_path, line, reason):
     file = tmp_path / "results.jsonl"
-    file.write_text(line + "\n")
+    file.write_bytes(b'{"format": 1, "b": 1}\n' + line + b'\n{"format": 1, "b": 2}\n')
     results = read_records(file)
-    assert results.records == []
-    assert results.problems == [f"{file}:1: not a record of format 1; the line is left out."]
+    assert [record["b"] for record in results.records] == [1, 2]
+    assert results.places == [f"{file}:1", f"{file}:3"]
+    assert results.problems == [f"{file}:2: {reason}; the line is left out."]
+
+
+def test_of_two_lines_on_one_run_and_stage_the_later_stands(tmp_path):
+    file = tmp_path / "results.jsonl"
+    dev, test = run("sgd", 13, None), run("sgd", 13, 0.6)
+    again = test | {"test_accuracy": 0.7}
+    for record in (dev, test, again, test | {"group_id": "another grid's", "group": "wider"}):
+        append_record(file, record)
+    results = read_records(file)
+    assert [record["test_accuracy"] for record in results.records] == [None, 0.7, 0.6]
+    assert results.problems == [f"{file}:2: the same run and stage as {file}:3; the later line stands."]
+
+
+def test_several_files_are_one_result_each_read_once(tmp_path):
+    first, second = tmp_path / "results.jsonl", tmp_path / "other.jsonl"
+    append_record(first, run("sgd", 13, 0.6))
+    append_record(second, run("sgd", 13, 0.7))
+    append_record(second, run("sgd", 21, 0.8))
+    results = read_results([tmp_path, first, second])
+    assert [record["test_accuracy"] for record in results.records] == [0.7, 0.8]
+    assert results.problems == [f"{first}:1: the same run and stage as {second}:1; the later line stands."]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seed": None}, "a trained result whose 'seed' is None"),
+        ({"optim": 3}, "a result whose 'optim' is 3"),
+        ({"test_accuracy": "0.5"}, "a result whose 'test_accuracy' is '0.5'"),
+        ({"momentum": [0.9]}, "a result whose 'momentum' is [0.9]"),
+        ({"steps": True}, "a result whose 'steps' is True"),
+    ],
+)
+def test_a_result_that_no_table_can_use_is_reported_with_its_line(tmp_path, changes, reason):
+    append_record(tmp_path / "results.jsonl", run("sgd", 21, 0.6))
+    append_record(tmp_path / "results.jsonl", run("sgd", 13, 0.6) | changes)
+    results = read_results([tmp_path])
+    assert len(results.records) == 1
+    assert results.problems == [f"{tmp_path / 'results.jsonl'}:2: {reason}; the line is left out."]
+
+
+@pytest.mark.parametrize("name", ["task", "model", "optim", "seed"])
+def test_a_result_without_a_needed_field_is_reported_and_other_records_need_none(tmp_path, name):
+    record = run("sgd", 13, 0.6)
+    del record[name]
+    append_record(tmp_path / "results.jsonl", record)
+    append_record(tmp_path / "results.jsonl", {"a": 1})
+    results = read_results([tmp_path])
+    assert [record["a"] for record in results.records] == [1]
+    assert results.problems == [f"{tmp_path / 'results.jsonl'}:1: a result with no {name!r}; the line is left out."]
+
+
+def test_a_missing_file_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"No such file: .*results\.jsonl\. Give a results\.jsonl, or the folder"):
+        read_results([tmp_path])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -74,13 +74,14 @@ def test_rows_of_one_name_say_what_tells_them_apart_and_are_not_subtracted():
     records = [
         record("sgd", 1, 0.6, group="a", steps=100),
         record("sgd", 1, 0.7, group="b", steps=200),
-        record("sgdm", 1, 0.7),
+        record("sgdm", 1, 0.7, steps=100),
     ]
     text = printed(records)
     assert "sgd, 100 steps" in text
     assert "sgd, 200 steps" in text
     assert "sgd, 200 steps − sgd, 100 steps" not in text
-    assert text.count("points") == 2
+    assert "sgdm β=0.9, 100 steps − " not in text
+    assert "t: sgdm β=0.9 − sgd, 100 steps = +10.0 points" in text
 
 
 def test_equal_differences_are_no_certainty():

@@ -4,7 +4,10 @@ import importlib
 
 _EXPORTS = {
     "BestWeightsCallback": "best_weights",
+    "HyperparameterLogCallback": "trackers",
     "LRMilestonesCallback": "lr_milestones",
+    "LogFirstCallbacks": "trackers",
+    "ModelCardCallback": "card",
     "MomentumGuard": "guard",
     "MomentumScheduleCallback": "momentum_schedule",
     "OptimizerMemoryCallback": "memory",

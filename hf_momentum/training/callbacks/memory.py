@@ -14,10 +14,12 @@ class OptimizerMemoryCallback(TrainerCallback):
     """Adds the bytes of the optimizer's state and the peak memory of training, per process, to the Trainer's last log.
 
     `optimizer_state_bytes/rank_0`, `peak_memory_bytes/rank_0` and so on stand in the metrics that `train()` returns
-    and in the last entry of `state.log_history`, and go to this module's logger. Integrations such as TensorBoard's
-    see that log before any callback that a user adds, and so without them. The peak is that of
-    `hf_momentum.training.memory`, counted from the beginning of training.
+    and in the last entry of `state.log_history`, go to this module's logger, and to the trackers of `report_to` if the
+    callback is given to `trainer_kwargs` (see `LogFirstCallbacks`). The peak is that of `hf_momentum.training.memory`,
+    counted from the beginning of training.
     """
+
+    extends_logs = True
 
     def __init__(self):
         self._training = False
