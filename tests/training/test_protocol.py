@@ -174,5 +174,5 @@ def test_prompts_under_fsdp_are_refused(tmp_path, monkeypatch):
     refuse_prompts_under_fsdp(arguments, "prompt")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refuse_prompts_under_fsdp(arguments, "classifier")
-    with pytest.raises(UserError, match="deepspeed_zero3.yaml"):
+    with pytest.raises(UserError, match=r"deepspeed_zero3\.yaml"):
         refuse_prompts_under_fsdp(arguments, "prompt")

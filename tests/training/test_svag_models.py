@@ -8,8 +8,8 @@ from pathlib import Path
 
 import peft
 import pytest
+import stock_trainer
 import torch
-from stock_trainer import stock_trainer, weights
 from svag_steps import DDP_CASES, arguments, double_classifier, expected_step, flat_gradient, run_case, step_batches
 from svag_steps import train as train_svag
 from tiny_models import TokenRows, tiny_classifier
@@ -56,9 +56,11 @@ def test_the_applied_gradient(tmp_path, build, changes):
 def test_torch_compile_with_its_default_backend_trains_the_same(tmp_path, given):
     changes, found = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, []
     for compiled in (False, True):
-        trainer = stock_trainer(tmp_path, changes | {"torch_compile": compiled}, model=tiny_classifier(), **given)
+        trainer = stock_trainer.stock_trainer(
+            tmp_path, changes | {"torch_compile": compiled}, model=tiny_classifier(), **given
+        )
         trainer.train()
-        found.append(weights(trainer.accelerator.unwrap_model(trainer.model)))
+        found.append(stock_trainer.weights(trainer.accelerator.unwrap_model(trainer.model)))
     torch.testing.assert_close(*found, atol=1e-6, rtol=0)
 
 
