@@ -3,7 +3,8 @@
 What of FSDP2 runs on a CPU: `fully_shard` with gloo, and models that `from_pretrained(distributed_config=...)` shards.
 What does not: the Trainer's `fsdp=True`. accelerate 1.15 reads it for processes of an accelerator only; on a CPU it
 trains with DDP and says nothing, so the guard raises. The code behind it is the same for every device, so
-`cpu_as_accelerator` leads past this one question. Not covered without GPUs: NCCL, CPU offload, mixed precision of shards, and 2-D meshes.
+`cpu_as_accelerator` leads past this one question. Not covered without GPUs: NCCL, CPU offload, mixed precision of
+shards, and 2-D meshes.
 """
 
 import pytest
