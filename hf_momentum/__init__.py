@@ -13,6 +13,8 @@ _EXPORTS = {
     "effective_lr": "hf_momentum.optim",
     "heavy_ball_lr": "hf_momentum.optim",
     "averaged_lr": "hf_momentum.optim",
+    "LRMilestonesCallback": "hf_momentum.training",
+    "ModelCardCallback": "hf_momentum.training.callbacks",
     "MomentumGuard": "hf_momentum.training",
     "MomentumTrainingArguments": "hf_momentum.training",
     "svag_arguments": "hf_momentum.training",

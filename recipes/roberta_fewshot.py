@@ -49,6 +49,7 @@ from hf_momentum.tasks.sources import load_fewshot
 from hf_momentum.training import FewShotArguments, RecipeTrainingArguments, trainer_kwargs
 from hf_momentum.training.arguments import TRAINER_DEFAULT_LR, is_our_optimizer
 from hf_momentum.training.callbacks import BestWeightsCallback, RunProgressCallback, run_progress
+from hf_momentum.training.callbacks.lr_milestones import lr_schedule
 from hf_momentum.training.command_line import (
     as_options,
     given_options,
@@ -64,7 +65,6 @@ from hf_momentum.training.protocol import (
     Group,
     Run,
     is_sharded,
-    lr_schedule,
     plan_groups,
     refuse_prompts_under_fsdp,
     under_deepspeed,

@@ -2,6 +2,9 @@
 
 from hf_momentum.training.arguments import FewShotArguments, MomentumTrainingArguments, RecipeTrainingArguments
 from hf_momentum.training.callbacks import (
+    HyperparameterLogCallback,
+    LogFirstCallbacks,
+    LRMilestonesCallback,
     MomentumGuard,
     MomentumScheduleCallback,
     OptimizerMemoryCallback,
@@ -13,6 +16,9 @@ from hf_momentum.training.trainer_kwargs import OptimizerFactory, trainer_kwargs
 
 __all__ = [
     "FewShotArguments",
+    "HyperparameterLogCallback",
+    "LRMilestonesCallback",
+    "LogFirstCallbacks",
     "MomentumGuard",
     "MomentumScheduleCallback",
     "MomentumTrainingArguments",

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import SchedulerType
-
 from hf_momentum.errors import UserError
 from hf_momentum.optim import effective_lr, get_optimizer_info
 from hf_momentum.results.record import identifier
@@ -131,24 +129,6 @@ def _plan_run(training: RecipeTrainingArguments, optim: str, changes: dict[str, 
     others = {name: value for name, value in chosen_arguments(arguments).items() if name not in {"seed", *_OPTIMIZER}}
     settings = shared | optimizer_fields(arguments) | {"batch_size": batch_size, "arguments": others}
     return Run(arguments, settings)
-
-
-def lr_schedule(arguments: MomentumTrainingArguments) -> str:
-    """The learning rate's schedule in a few words.
-
-    Args:
-        arguments: One run's arguments.
-
-    Returns:
-        Such as `linear`, `constant warmup 6` (steps), `linear warmup 0.5` (of the training) or `constant ×0.1 at 0.5,
-        0.75`.
-    """
-    words = [SchedulerType(arguments.lr_scheduler_type).value.removesuffix("_with_warmup")]
-    if arguments.warmup_steps:
-        words.append(f"warmup {arguments.warmup_steps:g}")
-    if arguments.lr_milestones:
-        words.append(f"×{arguments.lr_decay:g} at " + ", ".join(f"{value:g}" for value in arguments.lr_milestones))
-    return " ".join(words)
 
 
 def without_clipping_beside_svag(training: RecipeTrainingArguments, explicit: bool) -> None:

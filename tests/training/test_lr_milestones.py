@@ -7,7 +7,7 @@ from transformers import Trainer
 from hf_momentum import MomentumTrainingArguments, trainer_kwargs
 from hf_momentum.errors import UserError
 from hf_momentum.training.callbacks import LRMilestonesCallback, MomentumScheduleCallback
-from hf_momentum.training.callbacks.lr_milestones import step_decay
+from hf_momentum.training.callbacks.lr_milestones import lr_schedule, step_decay
 from hf_momentum.training.svag_arguments import svag_arguments
 
 CONSTANT = {"lr_scheduler_type": "constant"}
@@ -103,3 +103,16 @@ def test_a_scheduler_without_functions_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match="cannot drive a StepLR"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "linear"),
+        ({"warmup_steps": 0.5}, "linear warmup 0.5"),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 6}, "constant warmup 6"),
+        ({"lr_scheduler_type": "constant", "lr_milestones": [0.5, 0.75]}, "constant ×0.1 at 0.5, 0.75"),
+    ],
+)
+def test_the_learning_rates_schedule_in_words(tmp_path, changes, words):
+    assert lr_schedule(arguments(tmp_path, MomentumTrainingArguments, learning_rate=0.1, **changes)) == words

@@ -4,7 +4,6 @@ from hf_momentum.errors import UserError
 from hf_momentum.training import RecipeTrainingArguments
 from hf_momentum.training.grid import Grid, read_grid
 from hf_momentum.training.protocol import (
-    lr_schedule,
     optimizer_fields,
     plan_groups,
     refuse_prompts_under_fsdp,
@@ -154,19 +153,6 @@ def test_clipping_is_off_for_all_rows_beside_svag(tmp_path):
     with pytest.raises(UserError, match=r"max_grad_norm=0\.5 beside svag"):
         without_clipping_beside_svag(recipe(tmp_path, optim=["svag"], ell=2.0, max_grad_norm=0.5), explicit=True)
     without_clipping_beside_svag(recipe(tmp_path, optim=["svag"], ell=2.0, max_grad_norm=0.0), explicit=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({}, "linear"),
-        ({"warmup_steps": 0.5}, "linear warmup 0.5"),
-        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 6}, "constant warmup 6"),
-        ({"lr_scheduler_type": "constant", "lr_milestones": [0.5, 0.75]}, "constant ×0.1 at 0.5, 0.75"),
-    ],
-)
-def test_the_learning_rates_schedule_in_words(tmp_path, changes, words):
-    assert lr_schedule(recipe(tmp_path, **changes)) == words
 
 
 def test_prompts_under_fsdp_are_refused(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
-from transformers import SchedulerType, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_momentum.errors import UserError
 from hf_momentum.optim import SGDM
@@ -22,6 +22,7 @@ from hf_momentum.results.card import (
 from hf_momentum.results.card_metadata import PAPER
 from hf_momentum.results.export import Report, Sheet, to_markdown
 from hf_momentum.results.record import package_versions
+from hf_momentum.training.callbacks.lr_milestones import lr_schedule
 from hf_momentum.training.callbacks.trackers import group_hyperparameters
 from hf_momentum.training.environment import command_line, hardware
 from hf_momentum.training.optimizers import hyperparameters_of, innermost_optimizer
@@ -116,7 +117,7 @@ class ModelCardCallback(TrainerCallback):
             self._check_attached()
         check_readme(args.output_dir)
         self._args, self._state, self._training = args, state, True
-        schedule = type(lr_scheduler).__name__ if self._scheduler_given else _schedule(args)
+        schedule = type(lr_scheduler).__name__ if self._scheduler_given else lr_schedule(args)
         self._run = optimizer_record(innermost_optimizer(optimizer)) | {
             "lr_schedule": schedule,
             "max_grad_norm": args.max_grad_norm,
@@ -233,11 +234,3 @@ def _settings(run: dict[str, Any], state: TrainerState) -> str:
         "Versions": versions_text(run),
     }
     return "\n".join(f"- {heading}: {text}" for heading, text in lines.items() if text)
-
-
-def _schedule(args: TrainingArguments) -> str:
-    words = [SchedulerType(args.lr_scheduler_type).value.removesuffix("_with_warmup")]
-    words += [f"warmup {args.warmup_steps:g}"] if args.warmup_steps else []
-    if milestones := getattr(args, "lr_milestones", None):
-        words.append(f"×{args.lr_decay:g} at {', '.join(f'{fraction:g}' for fraction in milestones)}")
-    return " ".join(words)

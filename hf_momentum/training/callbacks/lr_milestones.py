@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
-from transformers import SchedulerType, TrainerCallback
+from transformers import SchedulerType, TrainerCallback, TrainingArguments
 
 from hf_momentum.errors import UserError
 from hf_momentum.optim.schedules import is_real
@@ -51,6 +51,24 @@ def check_milestones(milestones: Sequence[float], decay: float, lr_scheduler_typ
             f"lr_milestones beside lr_scheduler_type={lr_scheduler_type}: both move the learning rate. Use "
             f"{' or '.join(CONSTANT_SCHEDULES)}."
         )
+
+
+def lr_schedule(args: TrainingArguments) -> str:
+    """The learning rate's schedule in a few words.
+
+    Args:
+        args: The Trainer's arguments.
+
+    Returns:
+        Such as `linear`, `constant warmup 6` (steps), `linear warmup 0.5` (of the training) or `constant ×0.1 at 0.5,
+        0.75`.
+    """
+    words = [SchedulerType(args.lr_scheduler_type).value.removesuffix("_with_warmup")]
+    if args.warmup_steps:
+        words.append(f"warmup {args.warmup_steps:g}")
+    if milestones := getattr(args, "lr_milestones", None):
+        words.append(f"×{args.lr_decay:g} at " + ", ".join(f"{fraction:g}" for fraction in milestones))
+    return " ".join(words)
 
 
 class LRMilestonesCallback(TrainerCallback):
