@@ -5,8 +5,9 @@ r"""Run a recipe over a grid or a search, with any number of workers, on one mac
                                      CUDA_VISIBLE_DEVICES=1 python scripts/sweep.py CONFIG.yaml &
   many machines                      the same command on each, with --storage postgresql://USER:PASSWORD@HOST/DATABASE
 
-Options that are not listed below go to the recipe and win over those of the file. CONFIG.yaml, with paths as seen from
-the current directory:
+Options that are not listed below go to the recipe and win over those of the file; one that is an axis of the search
+replaces the axis: with `--seeds 13 21` these two seeds run, as a study of its own in the same OUTPUT_DIR, and the
+whole sweep later skips what they finished. CONFIG.yaml, with paths as seen from the current directory:
 
   recipe: recipes/roberta_fewshot.py   # a script that takes --options, appends each finished run to
                                        # OUTPUT_DIR/results.jsonl, and skips the runs that it finds there
@@ -24,7 +25,10 @@ the current directory:
   direction: maximize                  # or minimize
 
 Each trial works in OUTPUT_DIR/trials/NAME, with all that it prints in log.txt; when it ends, its records go to
-OUTPUT_DIR/results.jsonl. Started again, the command goes on: finished trials are skipped, failed ones tried again.
+OUTPUT_DIR/results.jsonl, each with this command. Started again, the command goes on: finished trials are skipped,
+failed ones tried again. The file and the options may change until the first trial has finished, and a sweep whose
+first trial ends with status 2 (the recipe refuses its options) stops there. A trial knows its own folder alone: runs
+that a recipe made in OUTPUT_DIR without the sweep are made again, so give a sweep a folder of its own.
 The workers of a sweep share OUTPUT_DIR; on several machines it lies on a file system whose locks hold between them
 (such as NFS 4). The trials of a worker that died are taken up by the others, or by the next one started, after two
 heartbeats, and each waits until what the dead worker left running has ended.
@@ -32,6 +36,7 @@ heartbeats, and each waits until what the dead worker left running has ended.
 
 import argparse
 import contextlib
+import difflib
 import fcntl
 import os
 import shlex
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
     import optuna
 
 TICK, POLL, PATIENCE, TAIL = 0.1, 1.0, 15.0, 12  # seconds between looks at trials and at the queue; to end; lines
+REFUSED = 2  # the status of a recipe that refuses its options, see `run_command`
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Sweep]:
@@ -72,15 +78,22 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Sweep]:
     add("--workers", type=int, default=1, help="trials at once on this machine, each with its share of the cores "
         "unless OMP_NUM_THREADS is set (default: 1)")  # fmt: skip
     add("--storage", help="Optuna storage URL (default: an SQLite file in OUTPUT_DIR, for one machine)")
-    add("--study", help="the sweep's name in the storage (default: the configuration's name)")
+    add("--study", help="the sweep's name in the storage (default: the configuration's name, and any replaced axis)")
     add("--heartbeat", type=int, default=30, help="seconds between a worker's signs of life, the same for all workers "
         "(default: 30)")  # fmt: skip
-    add("--dry_run", action="store_true", help="list the trials' commands and end")
+    add("--dry_run", "--dry-run", action="store_true", help="list the trials' commands and end")
     args, words = parser.parse_known_args(argv)
     for name in ("workers", "heartbeat"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}.")
-    return args, read_sweep(args.config, recipe_options(words))
+    options = recipe_options(words)
+    for name in options:
+        if close := difflib.get_close_matches(name, vars(args).keys() - {"config"}, n=1, cutoff=0.75):
+            raise UserError(
+                f"Unknown option --{name} (did you mean --{close[0]}?). If the recipe has an option of this name, "
+                f"write it under options in {args.config}."
+            )
+    return args, read_sweep(args.config, options)
 
 
 def recipe_options(words: Sequence[str]) -> dict[str, str | list[str]]:
@@ -219,6 +232,11 @@ class Worker:
         self.print(f"{slot.name}: {self.close(slot, status)}")
         slot.log.close()
         self.progress.remove_task(slot.line)
+        if status == REFUSED and self.study.counts()[0] == 0:
+            raise UserError(
+                "Stopped, since the first trial's options were refused (status 2, see above). Correct the options or "
+                "the file: both may change as long as no trial is finished."
+            )
         return True
 
     def close(self, slot: Slot, status: int) -> str:
@@ -311,7 +329,7 @@ def main(argv: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", message="Heartbeat of storage")  # the worker sends it
     variables = environment(sweep, args.workers, console)
     storage = args.storage or f"sqlite:///{(sweep.output_dir / 'sweep.db').resolve()}"
-    study = SharedStudy(sweep, args.study or Path(args.config).stem, storage, args.heartbeat)
+    study = SharedStudy(sweep, args.study or sweep.name, storage, args.heartbeat)
     worker = Worker(study, variables, args, console)
     with stopping(worker), worker.progress:
         worker.run()

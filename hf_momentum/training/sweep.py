@@ -49,6 +49,8 @@ class Sweep:
     """What a sweep's configuration file holds, see `read_sweep`.
 
     Attributes:
+        name: The file's name, followed by the axes that the command line replaced.
+        started_with: The command that runs the sweep, without secrets and without what differs between its workers.
         recipe: Path of the script that each trial runs.
         launch: Words before it; none for this Python.
         options: Options that all trials share, `output_dir` among them.
@@ -59,6 +61,8 @@ class Sweep:
         direction: `maximize` or `minimize`.
     """
 
+    name: str
+    started_with: str
     recipe: str
     launch: tuple[str, ...]
     options: dict[str, Any]
@@ -178,7 +182,8 @@ def read_sweep(path: str | Path, given: Mapping[str, Any]) -> Sweep:
     Args:
         path: A YAML file with `recipe`, `search` and any of `launch`, `options`, `sampler`, `trials`, `objective` and
             `direction`.
-        given: Options of the command line; they win over those of the file.
+        given: Options of the command line; they win over those of the file, and replace an axis of the same name that
+            lists single values or is a range.
 
     Returns:
         The sweep.
@@ -204,16 +209,31 @@ def read_sweep(path: str | Path, given: Mapping[str, Any]) -> Sweep:
             raise UserError(f"{path}: {name} must hold lines 'option: value'.")
     launch = values["launch"]
     values["launch"] = tuple(shlex.split(launch) if isinstance(launch, str) else map(str, launch))
-    values["options"] = {**values["options"], **given}
+    replaced = {axis: given[axis] for axis, old in values["search"].items() if axis in given and _is_plain(old)}
+    kept = {name: value for name, value in given.items() if name not in replaced}
+    values["options"] = {**values["options"], **kept}
     if not values["options"].get("output_dir"):
         raise UserError(f"{path}: give output_dir under options, or --output_dir. Everything is written there.")
     values["search"] = {
-        str(axis): _read_axis(path, str(axis), axis_values) for axis, axis_values in values["search"].items()
+        str(axis): _read_axis(path, str(axis), _as_list(replaced[axis]) if axis in replaced else axis_values)
+        for axis, axis_values in values["search"].items()
     }
-    sweep = Sweep(**values)
+    public = {name: value for name, value in given.items() if not name.endswith("token")}
+    command = shlex.join(["python", "scripts/sweep.py", str(path), *as_options(public)])
+    name = " ".join([Path(path).stem, *(f"{axis}={_label(value)}" for axis, value in replaced.items())])
+    sweep = Sweep(name=name, started_with=command, **values)
     _check_sampler(path, sweep)
-    _check_names(path, sweep)
+    _check_names(path, sweep, kept)
     return sweep
+
+
+def _is_plain(axis: Any) -> bool:
+    """Whether words of a command line can stand for the axis: a range, or a list of single values."""
+    return isinstance(axis, dict) or not any(isinstance(value, (dict, list)) for value in _as_list(axis))
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def _read_axis(path: str | Path, axis: str, values: Any) -> dict[str, dict[str, Any]] | Range:
@@ -262,8 +282,8 @@ def _check_sampler(path: str | Path, sweep: Sweep) -> None:
         raise UserError(f"{path}: 'sampler: tpe' needs the number of trials, such as 'trials: 20'.")
 
 
-def _check_names(path: str | Path, sweep: Sweep) -> None:
-    seen = dict.fromkeys(sweep.options, "options")
+def _check_names(path: str | Path, sweep: Sweep, given: Mapping[str, Any]) -> None:
+    seen = dict.fromkeys(sweep.options, "options") | dict.fromkeys(given, "the command line")
     for axis, choices in sweep.search.items():
         names = {axis} if isinstance(choices, Range) else set().union(*choices.values())
         if twice := names & seen.keys():

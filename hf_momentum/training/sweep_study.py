@@ -28,7 +28,8 @@ class SharedStudy:
         heartbeat: Seconds between the signs of life of a worker; after two without one its trials are queued again.
 
     Raises:
-        UserError: If the storage cannot be opened, or the study is another sweep's.
+        UserError: If the storage cannot be opened, the study is another sweep's, or its workers have another
+            heartbeat.
     """
 
     def __init__(self, sweep: Sweep, name: str, url: str, heartbeat: int):
@@ -42,51 +43,73 @@ class SharedStudy:
         self._lock = FileLock(sweep.output_dir / "sweep.lock")
         with self._lock:
             self._open(url, heartbeat)
-            self._check_folder()
-            self._check_definition()
+            facts = {"folder": self._folder(), "heartbeat": heartbeat, "definition": sweep.definition()}
+            self._check_folder(facts["folder"])
+            self._check_heartbeat(heartbeat)
+            self._check_definition(facts["definition"])
+            for name, value in facts.items():
+                self.study.set_user_attr(name, value)
             self._fill()
 
     def _open(self, url: str, heartbeat: int) -> None:
         from sqlalchemy.exc import SQLAlchemyError
 
-        samplers, is_tpe = self.optuna.samplers, self.sweep.sampler == "tpe"
         engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
         keeping = {"heartbeat_interval": heartbeat, "heartbeat_stale_trial_callback": self._retry}
         try:
             self._storage = self.optuna.storages.RDBStorage(url, engine, **keeping)
-            self.study = self.optuna.create_study(
-                storage=self._storage,
-                sampler=samplers.TPESampler(constant_liar=True) if is_tpe else samplers.RandomSampler(),
-                study_name=self.name,
-                direction=self.sweep.direction,
-                load_if_exists=True,
-            )
+            self.study = self._load()
         except (SQLAlchemyError, ImportError, ValueError, self.optuna.exceptions.OptunaError) as error:
             raise UserError(f"Cannot open --storage: {error}") from error
 
-    def _check_folder(self) -> None:
+    def _load(self) -> "optuna.Study":
+        samplers, is_tpe = self.optuna.samplers, self.sweep.sampler == "tpe"
+        return self.optuna.create_study(
+            storage=self._storage,
+            sampler=samplers.TPESampler(constant_liar=True) if is_tpe else samplers.RandomSampler(),
+            study_name=self.name,
+            direction=self.sweep.direction,
+            load_if_exists=True,
+        )
+
+    def _folder(self) -> str:
+        """The mark of the sweep's folder, the same under all paths to it."""
         file = self.sweep.output_dir / "sweep.id"
         if not file.exists():
             file.write_text(uuid.uuid4().hex)
-        begun = self.study.user_attrs.get("folder", file.read_text())
-        if begun != file.read_text():
+        return file.read_text()
+
+    def _check_folder(self, now: str) -> None:
+        if self.study.user_attrs.get("folder", now) != now:
             raise UserError(
                 f"The study {self.name!r} in this storage writes into another folder than {self.sweep.output_dir}. "
                 "All workers of a sweep share one output_dir; for another sweep give --study another name."
             )
-        self.study.set_user_attr("folder", begun)
 
-    def _check_definition(self) -> None:
-        now = self.sweep.definition()
+    def _check_heartbeat(self, now: int) -> None:
+        """Refuse another heartbeat while trials run: a shorter one would take trials away from workers that live."""
+        begun = self.study.user_attrs.get("heartbeat", now)
+        if begun != now and self._count("RUNNING"):
+            raise UserError(
+                f"The workers of the sweep {self.name!r} have --heartbeat {begun}, and this one has {now}. Give "
+                f"--heartbeat {begun}; it may change only when no trial runs."
+            )
+
+    def _check_definition(self, now: dict[str, Any]) -> None:
+        """Refuse another definition once a trial runs or is finished; before that, start the study afresh."""
         begun = self.study.user_attrs.get("definition", now)
         if changed := [key for key in {**begun, **now} if begun.get(key) != now.get(key)]:
+            self.optuna.storages.fail_stale_trials(self.study)
+            if not self._count("RUNNING", "COMPLETE"):
+                self.optuna.delete_study(study_name=self.name, storage=self._storage)
+                self.study = self._load()
+                return
             key = changed[0]
             raise UserError(
                 f"The sweep {self.name!r} was begun with {key} = {_words(begun.get(key))}, and now it is "
                 f"{_words(now.get(key))}. Take the change back, or name the changed sweep with --study: in the same "
                 "output_dir it skips the runs that are finished."
             )
-        self.study.set_user_attr("definition", now)
 
     def _fill(self) -> None:
         """Queue what was never queued, and once more what failed."""
@@ -106,9 +129,10 @@ class SharedStudy:
 
     def counts(self) -> tuple[int, int]:
         """How many trials are finished well, and how many are queued or running, here and elsewhere."""
-        states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
-        kinds = self.optuna.trial.TrialState
-        return states.count(kinds.COMPLETE), states.count(kinds.WAITING) + states.count(kinds.RUNNING)
+        return self._count("COMPLETE"), self._count("WAITING", "RUNNING")
+
+    def _count(self, *states: str) -> int:
+        return sum(trial.state.name in states for trial in self.study.get_trials(deepcopy=False))
 
     def claim(self) -> "optuna.Trial | None":
         """Take the next trial from the queue, after queueing those of workers that died.
@@ -142,7 +166,7 @@ class SharedStudy:
         self._storage.record_heartbeat(trial._trial_id)
 
     def finish(self, trial: "optuna.Trial", folder: Path) -> float:
-        """Move a trial's records to the sweep's results, each once, and close the trial.
+        """Move a trial's records to the sweep's results, each once and with the sweep's command, and close the trial.
 
         Args:
             trial: A claimed trial whose command ended well.
@@ -156,7 +180,7 @@ class SharedStudy:
             known = {_identity(record) for record in read_records(results).records}
             for record in records:
                 if _identity(record) not in known:
-                    append_record(results, record)
+                    append_record(results, record | {"sweep_command": self.sweep.started_with})
         value = self.sweep.score(records)
         self.study.tell(trial, value, skip_if_finished=True)
         return value
@@ -183,7 +207,8 @@ class SharedStudy:
 
 def _identity(record: dict[str, Any]) -> str:
     named = {name: record.get(name) for name in ("run_id", "stage", "group_id")}
-    return identifier(named if "run_id" in record else record)
+    content = {name: value for name, value in record.items() if name != "sweep_command"}
+    return identifier(named if "run_id" in record else content)
 
 
 def _words(value: Any) -> str:

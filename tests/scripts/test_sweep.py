@@ -235,6 +235,68 @@ def test_a_changed_sweep_is_refused_and_under_another_name_skips_what_is_finishe
     assert [record["seed"] for record in results(tmp_path)] == [1, 2, 3]
 
 
+def test_refused_options_stop_the_sweep_and_may_be_corrected(main, config, tmp_path, capsys):
+    file = config(search={"seeds": [1, 2, 3]})
+    with pytest.raises(UserError, match=r"first trial's options were refused \(status 2"):
+        main([file, "--secnods", "0.1"])
+    output = capsys.readouterr().out
+    assert "unrecognized arguments: --secnods=0.1" in output
+    assert output.count("FAILED") == len(list((tmp_path / "out" / "trials").iterdir())) == 1
+    main([file, "--seconds", "0.1"])
+    assert [record["seed"] for record in results(tmp_path)] == [1, 2, 3]
+    assert "trials failed" not in capsys.readouterr().out
+
+
+def test_a_sweep_that_runs_elsewhere_keeps_its_definition_and_heartbeat(config, tmp_path):
+    url, whole = f"sqlite:///{tmp_path}/study.db", config(search={"seeds": [1, 2]})
+    study = SharedStudy(read_sweep(whole, {}), "toy", url, heartbeat=60)
+    study = SharedStudy(read_sweep(whole, {}), "toy", url, heartbeat=30)  # nothing runs yet
+    trial = study.claim()
+    with pytest.raises(UserError, match=r"have --heartbeat 30, and this one has 60. Give --heartbeat 30"):
+        SharedStudy(read_sweep(whole, {}), "toy", url, heartbeat=60)
+    changed = read_sweep(whole, {"seconds": "1"})
+    with pytest.raises(UserError, match=r"begun with options\.seconds = not set"):
+        SharedStudy(changed, "toy", url, heartbeat=30)
+    study.give_back(trial)
+    again = SharedStudy(changed, "toy", url, heartbeat=60)
+    assert [again.claim().params["seeds"] for _ in range(2)] == ["1", "2"]
+    assert again.claim() is None
+
+
+def test_an_option_replaces_its_axis_and_the_whole_sweep_skips_that_part(main, config, tmp_path, capsys):
+    file = config()
+    main([file, "--seeds", "2", "--optim=sgdm"])
+    assert [(record["optim"], record["seed"]) for record in results(tmp_path)] == [("sgdm", 2)]
+    main([file])
+    assert len(results(tmp_path)) == 4
+    assert set(runs(tmp_path, "start").values()) == {1}
+    commands = [record["sweep_command"] for record in results(tmp_path)]
+    whole = f"python scripts/sweep.py {file}"
+    assert commands == [f"{whole} --seeds=2 --optim=sgdm", *[whole] * 3]
+    search = {"learning_rate": {"low": 0.01, "high": 1.0}, "seeds": [1, 2]}
+    sweep = read_sweep(config(search=search, sampler="tpe", trials=2), {"learning_rate": "0.5", "seeds": ["3", "4"]})
+    assert sweep.search == {
+        "learning_rate": {"0.5": {"learning_rate": "0.5"}},
+        "seeds": {"3": {"seeds": "3"}, "4": {"seeds": "4"}},
+    }
+    assert sweep.name == "toy learning_rate=0.5 seeds=3 4"
+
+
+def test_options_that_cannot_replace_an_axis_are_refused(config):
+    file = config(search={"method": [{"optim": "sgd"}, {"optim": "sgdm"}], "seeds": [1, [2, 3]]})
+    for given in ({"optim": "sgd"}, {"seeds": ["2", "3"]}):
+        with pytest.raises(UserError, match=rf"{min(given)} is set by search.* and also by the command line"):
+            read_sweep(file, given)
+
+
+def test_the_recorded_command_holds_what_the_runs_need_and_no_secret(main, config, tmp_path):
+    file = config(search={"seeds": [1]})
+    command = f"python scripts/sweep.py {file} --seconds=0.01"
+    assert read_sweep(file, {"seconds": "0.01", "hub_token": "hf_secret"}).started_with == command
+    main([file, "--storage", f"sqlite:///{tmp_path}/secret.db", "--workers", "2", "--seconds", "0.01"])
+    assert [record["sweep_command"] for record in results(tmp_path)] == [command]
+
+
 def test_a_study_belongs_to_one_folder(main, config, tmp_path):
     storage = ["--storage", f"sqlite:///{tmp_path}/shared.db"]
     main([config(search={"seeds": [1]}), *storage])
@@ -250,7 +312,7 @@ def test_a_dry_run_lists_the_commands(main, config, tmp_path, capsys):
     assert command.endswith(f" --journal={tmp_path}/journal --k=2 --optim=sgd --seeds 1 2")
     assert total == "1 trials."
     search = {"learning_rate": {"low": 0.01, "high": 1, "log": True}}
-    main([config(search=search, sampler="tpe", trials=7), "--dry_run"])
+    main([config(search=search, sampler="tpe", trials=7), "--dry-run"])
     assert "'--learning_rate=<0.01 to 1, log>'\n7 trials." in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
@@ -305,7 +367,8 @@ def test_bad_words_say_what_is_wrong(main, config, tmp_path):
     for words, message in [
         (["--workers", "0"], "--workers must be at least 1"),
         (["stray"], "'stray' belongs to no option"),
-        (["--seeds", "1"], "seeds is set by search.seeds and also by options"),
+        (["--worker", "2"], r"Unknown option --worker \(did you mean --workers\?\).*under options in .*toy.yaml"),
+        (["--seeds"], r"search.seeds must be a list"),
         (["--storage", "nothing://x"], "Cannot open --storage"),
         (["--output_dir", __file__], "Cannot use .* as --output_dir"),
     ]:

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from hf_momentum.results.record import append_record, read_records
+from hf_momentum.results.record import append_record, identifier, read_records
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--output_dir", type=Path)
@@ -43,6 +43,7 @@ for seed in args.seeds:
     accuracy = 0.9 - 0.1 * (math.log10(args.learning_rate) + 1) ** 2
     settings = {"task": "toy", "model": "toy", "tuning": "prompt", "k": 1, "optim": args.optim, "seed": seed}
     rates = {"learning_rate": args.learning_rate, "effective_lr": args.learning_rate, "momentum": args.momentum}
+    group = identifier({name: value for name, value in (settings | rates).items() if name != "seed"})
     scores = {"dev_accuracy": accuracy, "test_accuracy": accuracy, "train_loss": None, "optimizer_state_bytes": 0}
-    append_record(file, {"run_id": run, "stage": "test", **settings, **rates, **scores, "group": "toy"})
+    append_record(file, {"run_id": run, "stage": "test", **settings, **rates, **scores, "group": group})
     note("end", run)
