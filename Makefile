@@ -63,3 +63,4 @@ bench: $(VENV)/.demo
 	$(BIN)/python scripts/bench_optim.py --shapes demo
 	$(BIN)/python scripts/bench_masked_lm.py
 	$(BIN)/python scripts/bench_overhead.py
+	$(BIN)/python scripts/bench_dynamics.py
