@@ -88,16 +88,25 @@ def plot(
     figure: Annotated[str, typer.Option(help="lr, difference or curves.")],
     output: Annotated[Path, typer.Option(help="The folder for FIGURE.png, .svg and .jsonl.")] = Path("figures"),
     margin: Annotated[float | None, typer.Option(help="difference: draw ±margin in points as a band.")] = None,
-    confidence: Annotated[float, typer.Option(help="difference: level of the intervals.")] = 0.95,
+    confidence: Annotated[
+        float | None, typer.Option(help="difference: level of the intervals. Default: 0.95.")
+    ] = None,
 ) -> None:
     """Draw accuracy over the learning rate, paired differences, or learning curves."""
+    from hf_momentum.results.comparisons import check_confidence
     from hf_momentum.results.plots import write_figure
     from hf_momentum.results.record import read_results
+    from hf_momentum.results.rows import repeated_tests
 
+    if confidence is None:
+        confidence = 0.95
+    elif figure != "difference":
+        raise UserError(f"--confidence belongs to --figure difference, not {figure}.")
+    check_confidence(confidence)
     found = read_results(results)
     for file in write_figure(figure, found.records, output, margin, confidence):
         typer.echo(file)
-    for problem in found.problems:
+    for problem in (*found.problems, *repeated_tests(found.records)):
         typer.echo(problem, err=True)
 
 
@@ -106,17 +115,28 @@ def card(
     results: Results,
     output: Annotated[Path, typer.Option(help="Folder for README.md and .eval_results.")] = Path("card"),
     figure: Annotated[Path | None, typer.Option(help="A PNG to show in the card.")] = None,
-    name: Annotated[str | None, typer.Option(help="The model's name. Default: the output folder's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name. Default: the results' folder's or file's.")
+    ] = None,
 ) -> None:
     """Write a Hub model card from finished runs alone."""
     from hf_momentum.results.card import results_card, write_card
     from hf_momentum.results.record import read_results
+    from hf_momentum.results.rows import repeated_tests
 
     found = read_results(results)
-    for problem in found.problems:
+    for problem in (*found.problems, *repeated_tests(found.records)):
         typer.echo(problem, err=True)
-    made = results_card(found.records, name or output.absolute().name, figure)
+    name = name or "-".join(dict.fromkeys(map(_results_name, results)))
+    made = results_card(found.records, name, figure)
     typer.echo(f"Model card: {write_card(made, output)}")
+
+
+def _results_name(path: Path) -> str:
+    """The folder that holds a results.jsonl, or the name of a file that is called otherwise."""
+    path = path.resolve()
+    folder = path.parent if path.name == "results.jsonl" else path
+    return folder.stem if folder.is_file() else folder.name
 
 
 @app.command()

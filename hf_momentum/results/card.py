@@ -16,7 +16,7 @@ from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_resu
 from hf_momentum.errors import UserError
 from hf_momentum.results.card_metadata import PAPER, card_metadata, card_scores, hub_entries
 from hf_momentum.results.export import Report, Sheet, to_markdown
-from hf_momentum.results.rows import Row, method_name, row_names, setting_names, table_rows
+from hf_momentum.results.rows import Row, method_name, rate_of, row_names, setting_names, table_rows
 from hf_momentum.results.tables import accuracy_report
 
 _TEMPLATE = """---
@@ -38,6 +38,7 @@ _UPDATES = {
     "γ = η (1−β)",
     "svag": "SVAG, g = r₁g₁ + r₂g₂ from two mini-batches with r₁,₂ = (1 ± √(2ℓ−1))/2, ℓ times as many steps of η/ℓ",
 }
+_MOST_COMMANDS = 5
 
 
 @dataclass(frozen=True)
@@ -150,24 +151,24 @@ def results_card(
         "Results": "\n\n".join(filter(None, (table, _verdicts(trained), image))),
         "Data": _data_lines(rows),
         "Optimizers": _optimizer_lines(trained),
-        "Picked runs": _picks_table(trained),
+        "Tested runs": _runs_table(trained),
         "Training": _settings_lines(trained),
-        "Command": command_block(_distinct(trained, lambda record: record.get("command"))),
+        "Command": _commands(trained),
     }
     summary = _summary(rows)
     if model is not None:
         tested = f"dev {_percent(model.get('dev_accuracy'))}, test {_percent(model['test_accuracy'])}"
         summary += f" The weights here are those of seed {model['seed']}, the best of these on dev ({tested})."
     scores = card_scores(rows, model)
-    own = scores if model is None else scores[:1]
-    return Card(render_card(card_metadata(rows, name, scores), name, summary, sections), hub_entries(own), figure)
+    entries = [] if model is None else hub_entries(scores[:1])  # they are of the weights that the repository holds
+    return Card(render_card(card_metadata(rows, name, scores), name, summary, sections), entries, figure)
 
 
 def optimizer_line(record: dict[str, Any]) -> str:
     """Name an optimizer and its update.
 
     Args:
-        record: With `optim`, and `momentum`, `momentum_schedule` and `ell` where they mean something.
+        record: With `optim`, and `momentum`, `momentum_schedule` with its `arguments`, `ell` where they apply.
 
     Returns:
         A line of Markdown.
@@ -175,9 +176,7 @@ def optimizer_line(record: dict[str, Any]) -> str:
     update = _UPDATES.get(record["optim"], "not one of this package")
     if record["optim"] == "svag" and record.get("momentum"):
         update += ", each with SGDM's update"
-    kwargs = (record.get("arguments") or {}).get("momentum_schedule_kwargs")
-    schedule = f"; keywords of the β schedule: {kwargs}" if kwargs else ""
-    return f"- `{method_name(record)}`: {update}{schedule}."
+    return f"- `{method_name(record)}`: {update}."
 
 
 def hardware_text(record: dict[str, Any]) -> str | None:
@@ -234,14 +233,17 @@ def _summary(rows: Sequence[Row]) -> str:
         text += f", {' and '.join(tunings)} tuning"
     if shots:
         text += f", k = {', '.join(map(str, shots))} examples per class for training and as many for choosing"
-    if any("dev_accuracy" in record for record in records):
+    sizes = _grid_sizes(rows)
+    if max(sizes) > 1:
         text += ". Per seed the run with the best dev accuracy is picked, and tested once"
+    elif sizes == {1}:
+        text += ". Every run is tested"
     return text + "."
 
 
-def _rate(record: dict[str, Any]) -> float | None:
-    """η for our optimizers, the learning rate for others."""
-    return record.get("learning_rate") if record.get("effective_lr") is None else record["effective_lr"]
+def _grid_sizes(rows: Sequence[Row]) -> set[int]:
+    """How many runs each tested one was picked from; 0 where that is not recorded."""
+    return {record.get("grid_size") or 0 for row in rows if row.is_trained for record in row.records} or {0}
 
 
 def _verdicts(rows: Sequence[Row]) -> str:
@@ -273,11 +275,11 @@ def _optimizer_lines(rows: Sequence[Row]) -> str:
     return "\n".join(dict.fromkeys(optimizer_line(record) for row in rows for record in row.records))
 
 
-def _picks_table(rows: Sequence[Row]) -> str:
+def _runs_table(rows: Sequence[Row]) -> str:
     names, settings = row_names(rows), setting_names(rows)
     heavy_ball = any(record.get("lr_form") == "heavy_ball" for row in rows for record in row.records)
     columns = {
-        "η or lr": lambda record: _plain(_rate(record)),
+        "η or lr": lambda record: _plain(rate_of(record)),
         "γ": lambda record: _plain(record["learning_rate"]) if record.get("lr_form") == "heavy_ball" else "",
         "batch size": lambda record: _plain(record.get("batch_size")),
         "steps": lambda record: _plain(record.get("steps")),
@@ -292,7 +294,9 @@ def _picks_table(rows: Sequence[Row]) -> str:
         for seed, record in row.picks.items()
     ]
     caption = "accuracy in %; η: the effective learning rate"
-    sheet = Sheet("One run per seed, picked on dev", ("task", "optimizer", "seed", *columns), lines, caption)
+    sizes = _grid_sizes(rows)
+    title = "Every run" if sizes == {1} else "One run per seed" + ", picked on dev" * (max(sizes) > 1)
+    sheet = Sheet(title, ("task", "optimizer", "seed", *columns), lines, caption)
     return to_markdown(Report([sheet], [])).rstrip() if lines else ""
 
 
@@ -333,9 +337,13 @@ def _said(rows: Sequence[Row], value: Callable[[dict[str, Any]], str | None]) ->
     return ", ".join(f"{text} ({'; '.join(holders)})" for text, holders in found.items())
 
 
-def _distinct(rows: Sequence[Row], value: Callable[[dict[str, Any]], str | None]) -> list[str]:
-    found = dict.fromkeys(value(record) for row in rows for record in row.records)
-    return [text for text in found if text]
+def _commands(rows: Sequence[Row]) -> str:
+    """The commands that made the runs; of a sweep the one that started all its trials."""
+    records = [record for row in rows for record in row.records]
+    found = dict.fromkeys(record.get("sweep_command") or record.get("command") for record in records)
+    commands = [command for command in found if command]
+    more = len(commands) - _MOST_COMMANDS
+    return command_block(commands[:_MOST_COMMANDS]) + (f"\n\nand {more} more of the same kind." if more > 0 else "")
 
 
 def _plain(value: float | None) -> str:

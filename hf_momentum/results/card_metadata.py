@@ -101,17 +101,18 @@ def hub_entries(scores: Sequence[Score]) -> list[EvalResultEntry]:
     """Entries for `.eval_results`, which the Hub shows on data sets that it knows as benchmarks with such a task.
 
     Args:
-        scores: The values to state; those on data that did not come from the Hub are left out.
+        scores: The values to state; those on data that did not come from the Hub, or whose task within their data set
+            is not known, are left out.
 
     Returns:
-        The entries, the data set's configuration as the id of its task.
+        The entries; a data set's configuration names its task.
     """
     entries = []
     for score in scores:
         data = score.record.get("data") or {}
-        if data.get("source") == "hub":
+        if data.get("source") == "hub" and data.get("config"):
             tested = f", {data['test_examples']:,} test examples" if data.get("test_examples") else ""
             notes = f"accuracy of {score.text}{tested}"
-            entry = EvalResultEntry(data["id"], data.get("config") or "default", round(score.value, 4), notes=notes)
+            entry = EvalResultEntry(data["id"], data["config"], round(score.value, 4), notes=notes)
             entries.append(entry)
     return entries

@@ -5,16 +5,20 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from hf_momentum.errors import UserError
+
+_TEXT_WIDTH = 12  # characters: narrower, a column of text cannot be read
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Sheet:
         caption: How to read it.
         texts: How many leading columns are text; the others are numbers.
         sections: Numbers of the rows that start a new part.
+        spare: Columns that a narrow terminal leaves out, one after the other, until the table fits.
     """
 
     title: str
@@ -36,6 +41,7 @@ class Sheet:
     caption: str
     texts: int = 2
     sections: frozenset[int] = frozenset()
+    spare: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,24 @@ def print_report(report: Report, console: Console) -> None:
         console: Where to.
     """
     for sheet in report.sheets:
-        console.print(_rich_table(sheet))
+        console.print(_fitted_table(sheet, console))
     for line in (*report.notes, *report.problems):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _fitted_table(sheet: Sheet, console: Console) -> Table:
+    """The table with as many of its spare columns as the width allows; the caption names the others."""
+    unlimited, left_out = console.options.update(width=10_000), []
+    for name in sheet.spare:
+        if Measurement.get(console, unlimited, _rich_table(sheet)).maximum <= console.width:
+            break
+        number = sheet.columns.index(name)
+        rows = [(*row[:number], *row[number + 1 :]) for row in sheet.rows]
+        sheet = replace(sheet, columns=tuple(column for column in sheet.columns if column != name), rows=rows)
+        left_out.append(name)
+    if left_out:
+        sheet = replace(sheet, caption=f"{sheet.caption}; not shown at this width: {', '.join(left_out)}")
+    return _rich_table(sheet)
 
 
 def _rich_table(sheet: Sheet) -> Table:
@@ -103,7 +124,8 @@ def _rich_table(sheet: Sheet) -> Table:
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", **layout)
     for number, name in enumerate(sheet.columns):
         if number < sheet.texts:
-            table.add_column(escape(name), overflow="fold")
+            longest = max(cell_len(text) for text in (name, *(row[number] for row in sheet.rows)))
+            table.add_column(escape(name), overflow="fold", min_width=min(longest, _TEXT_WIDTH))
         else:
             table.add_column(escape(name), justify="right", no_wrap=True)
     for number, row in enumerate(sheet.rows):

@@ -1,4 +1,4 @@
-"""Figures from the records of runs, readable in grey: accuracy over lr, paired differences, learning curves."""
+"""Figures from the records of runs: accuracy over lr, paired differences, learning curves."""
 
 import itertools
 import json
@@ -13,10 +13,20 @@ import numpy as np
 
 from hf_momentum.errors import UserError, require_extra
 from hf_momentum.results.comparisons import Pair, averaged_pairs, paired_values
-from hf_momentum.results.rows import Row, cell_rows, comparison_pairs, row_names, setting_names, table_rows
+from hf_momentum.results.drawing import draw_accuracy_over_lr, draw_differences, draw_learning_curves, line_styles
+from hf_momentum.results.rows import (
+    Row,
+    cell_rows,
+    comparison_pairs,
+    rate_of,
+    row_names,
+    setting_names,
+    split_name,
+    table_rows,
+)
+from hf_momentum.results.statistics import Equivalence, equivalence
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Drawing = tuple["Figure", list[dict[str, Any]]]
@@ -28,9 +38,6 @@ _SETTINGS = {
     "legend.frameon": False,
     "axes.titlesize": 9,
 }
-# Lines are told apart by marker, dash and grey value; the colour only helps.
-_COLORS = ("#14508c", "#e07b39", "#3f6b2a", "#b07cc6", "#8c1c2e", "#8a8a8a", "#0b8f8f", "#5a4632")
-_MARKERS, _DASHES = "osD^vPX*", ("-", "--", "-.", ":")
 _PANEL_WIDTH, _PANEL_HEIGHT = 3.4, 2.3  # inches: two panels fill a page's width
 
 
@@ -48,114 +55,9 @@ def _in_our_style(function: Callable) -> Callable:
     return styled
 
 
-def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How to draw each line: distinct without colour too.
-
-    Args:
-        names: Names of lines; repeated ones count once.
-
-    Returns:
-        Name → keywords of `Axes.plot`.
-    """
-    styles = {}
-    for number, name in enumerate(dict.fromkeys(names)):
-        again, kind = divmod(number, len(_MARKERS))
-        dash = _DASHES[(kind + again) % len(_DASHES)]
-        styles[name] = {"color": _COLORS[kind], "marker": _MARKERS[kind], "linestyle": dash}
-    return styles
-
-
-def draw_accuracy_over_lr(
-    axes: "Axes", series: Mapping[str, Mapping[float, Sequence[float]]], styles: Mapping[str, dict], join: bool = True
-) -> None:
-    """One line per name over the learning rate: the mean, and every seed as a small open marker.
-
-    Args:
-        axes: Where to draw.
-        series: Name → learning rate → values over seeds, in percent.
-        styles: Name → keywords of `Axes.plot`.
-        join: Whether to join the means; not where each seed picked its own learning rate.
-    """
-    transforms = require_extra("matplotlib.transforms", "report")
-    axes.set_xscale("log")
-    rates = sorted({rate for values in series.values() for rate in values})
-    step = min(7, 70 / len(rates) / len(series)) / 72  # inches: markers at the same rate stand beside each other
-    for number, (name, values) in enumerate(series.items()):
-        aside = transforms.ScaledTranslation((number - (len(series) - 1) / 2) * step, 0, axes.figure.dpi_scale_trans)
-        shifted = axes.transData + aside
-        color, marker = styles[name]["color"], styles[name]["marker"]
-        points = [(rate, value) for rate, several in sorted(values.items()) for value in several]
-        small = {"linestyle": "", "markersize": 4, "markerfacecolor": "none", "markeredgewidth": 0.7, "alpha": 0.8}
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, transform=shifted, **small)
-        axes.update_datalim(points)  # matplotlib does not take it from a moved line
-        if join:
-            means = [(rate, np.mean(several)) for rate, several in sorted(values.items())]
-            axes.plot(*zip(*means, strict=True), **styles[name], markersize=6, linewidth=1.2, transform=shifted)
-    axes.autoscale_view()
-    _tick_rates(axes, rates)
-
-
-def _tick_rates(axes: "Axes", rates: Sequence[float]) -> None:
-    """Ticks at the rates themselves, where they are few enough to be read."""
-    ticker = require_extra("matplotlib.ticker", "report")
-    low, high = math.log10(rates[0]), math.log10(rates[-1])
-    margin = 0.12 * (high - low) or 0.3
-    axes.set_xlim(10 ** (low - margin), 10 ** (high + margin))
-    gaps = [math.log10(second / first) for first, second in itertools.pairwise(rates)]
-    if len(rates) <= 6 and min(gaps, default=1) > 0.12 * (high - low):
-        axes.xaxis.set_major_locator(ticker.FixedLocator(rates))
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda rate, _: f"{rate:g}"))
-        axes.xaxis.set_minor_locator(ticker.NullLocator())
-
-
-def draw_learning_curves(
-    axes: "Axes", series: Mapping[str, Sequence[Sequence[tuple[float, float]]]], styles: Mapping[str, dict]
-) -> None:
-    """One bundle per name over the steps: every seed as a thin line, their mean as a thick one.
-
-    Args:
-        axes: Where to draw.
-        series: Name → seed by seed → (step, accuracy in percent).
-        styles: Name → keywords of `Axes.plot`.
-    """
-    for name, curves in series.items():
-        color = styles[name]["color"]
-        for curve in curves:
-            axes.plot(*zip(*curve, strict=True), color=color, linewidth=0.6, alpha=0.45)
-        common = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
-        means = [np.mean([dict(curve)[step] for curve in curves]) for step in common]
-        axes.plot(common, means, **styles[name], markersize=4, linewidth=1.6)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-
-
-def draw_differences(axes: "Axes", pairs: Sequence[Pair], labels: Sequence[str], confidence: float = 0.95) -> None:
-    """One line per pair: the mean difference with Student's interval, and each seed's difference as a grey tick.
-
-    Args:
-        axes: Where to draw.
-        pairs: Top to bottom; an average over tasks gets a diamond.
-        labels: One per pair.
-        confidence: Level of the intervals.
-    """
-    axes.axvline(0, color="black", linewidth=0.8, zorder=1)
-    for height, pair in enumerate(pairs):
-        difference = pair.difference(confidence)
-        each = [pair.second_values[seed] - pair.first_values[seed] for seed in difference.seeds]
-        axes.plot(each, [height] * len(each), linestyle="", marker="|", color="0.55", markersize=9, zorder=2)
-        half = 0 if math.isinf(difference.high) else difference.high - difference.mean
-        marker = "D" if pair.setting[0] is None else "o"
-        face = "white" if math.isinf(difference.high) else "black"
-        shape = {"marker": marker, "markersize": 5, "markerfacecolor": face, "capsize": 3, "elinewidth": 1.3}
-        axes.errorbar(difference.mean, height, xerr=half, color="black", zorder=3, **shape)
-    axes.set_yticks(range(len(pairs)), labels)
-    axes.set_ylim(len(pairs) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-
-
 @_in_our_style
 def lr_figure(records: Sequence[dict[str, Any]]) -> Drawing:
-    """Accuracy over the learning rate: per task, dev for every cell of the grid, and test for the runs picked on dev.
+    """Accuracy over the learning rate: per task, dev for every run, and test for every run or those picked on dev.
 
     Args:
         records: Records of results files.
@@ -166,36 +68,44 @@ def lr_figure(records: Sequence[dict[str, Any]]) -> Drawing:
     Raises:
         UserError: If no record has a dev accuracy and a learning rate.
     """
-    rows = [row for row in cell_rows(records) if row.is_trained and any(map(_rate, row.records))]
+    rows = [row for row in cell_rows(records) if row.is_trained and any(map(rate_of, row.records))]
     if not rows:
         raise UserError("No trained run with a dev_accuracy and a learning rate in these results.")
     panels = _by_panel(rows)
     styles = line_styles(name for part in panels.values() for name in part)
     figure, grid = _panels(len(panels), 2, styles, sharex="row", sharey="row")
     for (label, part), (dev, test) in zip(panels.items(), grid, strict=True):
+        tested, all_tested = _tested(part.values())
+        joined = {"dev_accuracy": True, "test_accuracy": all_tested}
         for axes, metric in ((test, "test_accuracy"), (dev, "dev_accuracy")):  # dev last: it has all the rates
             series = {name: values for name, row in part.items() if (values := _over_lr(row, metric))}
             if series:
-                draw_accuracy_over_lr(axes, series, styles, join=metric == "dev_accuracy")
+                draw_accuracy_over_lr(axes, series, styles, join=joined[metric])
             else:
                 axes.text(0.5, 0.5, "not tested yet", transform=axes.transAxes, ha="center", color="0.4")
             axes.set_xlabel("η or lr (log scale)")
         dev.set(ylabel="accuracy (%)", title=f"{label}\ndev, every run")
-        test.set(title=f"{label}\ntest, runs picked on dev")
+        test.set(title=f"{label}\n{tested}")
     figure.supxlabel("open: single seeds; filled: mean over seeds", fontsize=8)
     return figure, _records(rows)
+
+
+def _tested(rows: Iterable[Row]) -> tuple[str, bool]:
+    """Which runs were tested, in words, and whether all were."""
+    records = [record for row in rows for record in row.records]
+    if any((record.get("grid_size") or 1) > 1 for record in records):
+        return "test, runs picked on dev", False
+    if all(record.get("test_accuracy") is not None for record in records):
+        return "test, every run", True
+    return "test", False
 
 
 def _over_lr(row: Row, metric: str) -> dict[float, list[float]]:
     values: dict[float, list[float]] = {}
     for record in row.records:
-        if _rate(record) and record.get(metric) is not None:
-            values.setdefault(_rate(record), []).append(100 * record[metric])
+        if rate_of(record) and record.get(metric) is not None:
+            values.setdefault(rate_of(record), []).append(100 * record[metric])
     return values
-
-
-def _rate(record: dict[str, Any]) -> float | None:
-    return record.get("effective_lr") or record.get("learning_rate")
 
 
 @_in_our_style
@@ -233,11 +143,8 @@ def curves_figure(records: Sequence[dict[str, Any]]) -> Drawing:
 
 
 def _curve(record: dict[str, Any]) -> list[tuple[float, float]]:
-    curve = record.get("curve")
-    if not isinstance(curve, list):
-        return []
-    points = ((point.get("step"), point.get("dev_accuracy")) for point in curve if isinstance(point, dict))
-    return [(step, 100 * value) for step, value in points if step is not None and value is not None]
+    points = ((point["step"], point.get("dev_accuracy")) for point in record.get("curve") or [])
+    return [(step, 100 * value) for step, value in points if value is not None]
 
 
 @_in_our_style
@@ -248,7 +155,8 @@ def difference_figure(
 
     Args:
         records: Records of results files.
-        margin: Drawn as a band, in percentage points; it says something only if it was chosen beforehand.
+        margin: Drawn as a band, in percentage points, with the intervals that decide equivalence; it says something
+            only if it was chosen beforehand.
         confidence: Level of the intervals.
 
     Returns:
@@ -268,20 +176,29 @@ def difference_figure(
     told = [
         [text for text, texts in zip((pair.label, pair.name), common, strict=True) if len(texts) > 1] for pair in pairs
     ]
-    height = 1.1 + len(pairs) * (0.32 if max(map(len, told)) < 2 else 0.45)
+    verdicts = [] if margin is None else [equivalence(p.first_values, p.second_values, margin) for p in pairs]
+    reading = _reading(pairs, verdicts, confidence)
+    height = 1 + 0.14 * len(reading) + len(pairs) * (0.32 if max(map(len, told)) < 2 else 0.45)
     figure = _new_figure(2 * _PANEL_WIDTH, height)
     axes = figure.subplots()
     if margin is not None:
         axes.axvspan(-margin, margin, color="0.9", zorder=0)
-    draw_differences(axes, pairs, ["\n".join(texts) for texts in told], confidence)
-    band = "" if margin is None else f"; grey band: ±{margin:g} points"
-    reading = (
-        f"{100 * confidence:g}% t intervals, paired over seeds; ticks: single seeds; open: one seed, no interval{band}"
-    )
+    draw_differences(axes, pairs, ["\n".join(texts) for texts in told], confidence, verdicts)
     axes.set_xlabel("difference in test accuracy (percentage points)")
-    figure.supxlabel(reading, fontsize=8)
+    figure.supxlabel("\n".join(reading), fontsize=8)
     figure.suptitle(", ".join(min(texts) for texts in common if len(texts) == 1) or "second − first", fontsize=10)
     return figure, _records(itertools.chain.from_iterable(comparison_pairs(rows)))
+
+
+def _reading(pairs: Sequence[Pair], verdicts: Sequence[Equivalence], confidence: float) -> list[str]:
+    """What the difference figure's marks mean."""
+    lines = [f"{100 * confidence:g}% t intervals, paired over seeds; ticks: single seeds"]
+    if verdicts:
+        level, margin = 100 * (1 - 2 * verdicts[0].alpha), verdicts[0].margin
+        lines.append(f"thick: {level:g}% interval; equivalent where it lies within ±{margin:g} points (grey)")
+    if any(math.isinf(pair.difference().high) for pair in pairs):
+        lines.append("open: no spread over seeds (one seed, or all differ by the same), hence no interval")
+    return lines
 
 
 def write_figure(
@@ -355,7 +272,7 @@ def _by_panel(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     names, settings = row_names(rows), setting_names(rows)
     panels: dict[str, dict[str, Row]] = {}
     for row in rows:
-        method, _, conditions = names[id(row)].partition(", ")
+        method, conditions = split_name(names[id(row)])
         label = ", ".join(filter(None, [settings[row.setting], conditions]))
         panels.setdefault(label, {})[method] = row
     return panels

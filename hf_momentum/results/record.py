@@ -2,9 +2,11 @@
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -160,40 +162,72 @@ def _identity(record: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 _TEXT, _NUMBER, _WHOLE = (str,), (int, float), (int,)
-_NEEDED = {"task": _TEXT, "model": _TEXT, "optim": _TEXT, "seed": (*_WHOLE, type(None))}
-_OPTIONAL = {
+_ACCURACIES = ("dev_accuracy", "test_accuracy")
+_NEEDED = ("task", "model", "optim")
+_FIELDS = {
+    **dict.fromkeys(_NEEDED, _TEXT),
     **dict.fromkeys(("run_id", "tuning", "momentum_schedule", "peft", "group", "lr_schedule"), _TEXT),
-    **dict.fromkeys(("prompt", "test_data"), _TEXT),
-    **dict.fromkeys(("k", "batch_size", "steps", "grid_size"), _WHOLE),
-    **dict.fromkeys(("dev_accuracy", "test_accuracy", "learning_rate", "effective_lr", "momentum", "ell"), _NUMBER),
+    **dict.fromkeys(("prompt", "test_data", "base_model", "lr_form", "regime", "command", "sweep_command"), _TEXT),
+    **dict.fromkeys(("seed", "k", "batch_size", "steps", "grid_size", "processes"), _WHOLE),
+    **dict.fromkeys((*_ACCURACIES, "learning_rate", "effective_lr", "momentum", "ell", "weight_decay"), _NUMBER),
     **dict.fromkeys(("optimizer_state_bytes", "max_grad_norm"), _NUMBER),
-    "packages": (dict,),
+    **dict.fromkeys(("packages", "arguments", "hardware", "data"), (dict,)),
+    "curve": (list,),
 }
+_HARDWARE = {"devices": (list,), "cpu": _TEXT, "cores": _WHOLE}
+_DATA = {"source": _TEXT, "id": _TEXT, "config": _TEXT, "split": _TEXT, "test_examples": _WHOLE}
+_SOURCES = ("hub", "folder", "demo")
 
 
 def find_fault(record: dict[str, Any]) -> str | None:
-    """Why a record cannot stand in a table or figure.
+    """Why a record cannot stand in a table, figure or card.
 
     Args:
         record: A record.
 
     Returns:
-        Such as "no 'seed'"; None if it can, or has no accuracy yet.
+        Such as "a result with no 'seed'"; None if it can, or has no accuracy yet.
     """
-    if record.get("dev_accuracy") is None and record.get("test_accuracy") is None:
+    if all(record.get(name) is None for name in _ACCURACIES):
         return None
-    for name, kinds in _NEEDED.items():
-        if name not in record:
-            return f"a result with no {name!r}"
-        if not isinstance(record[name], kinds):
-            return f"a result whose {name!r} is {record[name]!r}"
+    missing = [name for name in _NEEDED if record.get(name) is None] + ["seed"] * ("seed" not in record)
+    if missing:
+        return f"a result with no {missing[0]!r}"
     if record["seed"] is None and record["optim"] != "zero-shot":
         return "a trained result whose 'seed' is None"
-    for name, kinds in _OPTIONAL.items():
-        value = record.get(name)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            return f"a result whose {name!r} is {value!r}"
-    return None
+    wrong = next(itertools.chain(_wrong(record, _FIELDS), _wrong_parts(record)), None)
+    return None if wrong is None else f"a result whose {wrong[0]!r} is {reprlib.repr(wrong[1])}"
+
+
+def _wrong(values: dict[str, Any], fields: dict[str, tuple[type, ...]], of: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields, other than None, whose value is of another type: name and value."""
+    for name, kinds in fields.items():
+        if values.get(name) is not None and not _is_of(values[name], kinds):
+            yield of + name, values[name]
+
+
+def _wrong_parts(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is wrong in a value or within one, where all types are right."""
+    for name in _ACCURACIES:
+        if record.get(name) is not None and not 0 <= record[name] <= 1:
+            yield name, record[name]
+    found = record.get("hardware") or {}
+    yield from _wrong(found, _HARDWARE, "hardware.")
+    if not all(_is_of(device, _TEXT) for device in found.get("devices") or []):
+        yield "hardware.devices", found["devices"]
+    data = record.get("data") or {}
+    yield from _wrong(data, _DATA, "data.")
+    if data and (data.get("source") not in _SOURCES or (data["source"] == "hub" and not data.get("id"))):
+        yield "data", data
+    for point in record.get("curve") or []:
+        if not (isinstance(point, dict) and _is_of(point.get("step"), _NUMBER)):
+            yield "curve", [point]
+        else:
+            yield from _wrong(point, {"dev_accuracy": _NUMBER}, "curve.")
+
+
+def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)  # Python counts a bool among the whole numbers
 
 
 def read_results(paths: Sequence[str | os.PathLike]) -> Results:

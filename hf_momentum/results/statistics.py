@@ -43,8 +43,8 @@ class PairedDifference:
 
     Attributes:
         mean: Mean of second minus first, in the unit of the values.
-        low: Lower end of the confidence interval.
-        high: Upper end of the confidence interval.
+        low: Lower end of the confidence interval; −∞ where the seeds have no spread to take one from.
+        high: Upper end of the confidence interval; ∞ in that case.
         seeds: The seeds that entered, sorted.
         confidence: The interval's level.
         std: Sample standard deviation (ddof 1) of the differences; NaN for a single seed.
@@ -69,7 +69,8 @@ def paired_difference(
         confidence: Level of the two-sided interval.
 
     Returns:
-        The difference; with fewer than two common seeds the interval is infinite.
+        The difference; with fewer than two common seeds, or differences that are all the same, the interval is
+        infinite: nothing bounds the mean.
 
     Raises:
         ValueError: If no seed is common to both, or the level is not between 0 and 1.
@@ -79,7 +80,8 @@ def paired_difference(
     mean, half, std = float(differences.mean()), math.inf, math.nan
     if len(seeds) > 1:
         std = float(differences.std(ddof=1))
-        half = float(stats.t.ppf((1 + confidence) / 2, len(seeds) - 1)) * std / math.sqrt(len(seeds))
+        if std > 0:
+            half = float(stats.t.ppf((1 + confidence) / 2, len(seeds) - 1)) * std / math.sqrt(len(seeds))
     return PairedDifference(mean, mean - half, mean + half, seeds, confidence, std)
 
 

@@ -9,10 +9,8 @@ from rich.console import Console
 from hf_momentum.results.comparisons import difference_lines
 from hf_momentum.results.export import Report, Sheet, print_report
 from hf_momentum.results.record import find_fault
-from hf_momentum.results.rows import Row, row_names, setting_names, table_rows
+from hf_momentum.results.rows import Row, rate_of, repeated_tests, row_names, setting_names, table_rows
 from hf_momentum.results.statistics import format_score, mean_std
-
-_CAPTION = "mean (population std) over seeds, each run picked on dev; MiB: optimizer state"
 
 
 def accuracy_report(records: Sequence[dict[str, Any]], problems: Sequence[str] = ()) -> Report:
@@ -25,7 +23,7 @@ def accuracy_report(records: Sequence[dict[str, Any]], problems: Sequence[str] =
     Returns:
         For any format of `hf_momentum.results.export`.
     """
-    rows, problems = table_rows(records), list(problems)
+    rows, problems = table_rows(records), [*problems, *repeated_tests(records)]
     faults = ((record.get("run_id", "a run"), find_fault(record)) for record in records)
     problems += [f"{run_id}: {fault}; it is left out." for run_id, fault in faults if fault]
     notes = [*difference_lines(rows), *version_notes(rows)]
@@ -52,7 +50,13 @@ def _accuracy_sheet(model: str, tuning: str | None, k: int | None, rows: Sequenc
     tasks = [row.setting[0] for row in rows]
     sections = frozenset(number for number in range(1, len(rows)) if tasks[number] != tasks[number - 1])
     cells = [_cells(row, names[id(row)]) for row in rows]
-    return Sheet(f"Test accuracy in %: {', '.join(details)}", columns, cells, _CAPTION, sections=sections)
+    return Sheet(f"Test accuracy in %: {', '.join(details)}", columns, cells, _caption(rows), sections=sections)
+
+
+def _caption(rows: Sequence[Row]) -> str:
+    sizes = {size for row in rows for size in row.distinct("grid_size")}
+    how = "" if not sizes else ", each run picked on dev" if max(sizes) > 1 else ", every run is tested"
+    return f"mean (population std) over seeds{how}; MiB: optimizer state"
 
 
 def _cells(row: Row, name: str) -> tuple[str, ...]:
@@ -102,9 +106,7 @@ def _mean_and_std(row: Row, split: str) -> dict[str, float | None]:
 
 
 def _rates(row: Row) -> list[float]:
-    """The picked learning rates: η for ours, the Trainer's own for the others."""
-    rates = {record.get("effective_lr") or record.get("learning_rate") for record in row.records} - {None}
-    return sorted(rates)
+    return sorted({rate_of(record) for record in row.records} - {None})
 
 
 def _state_mib(row: Row) -> float | None:

@@ -11,6 +11,9 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from hf_momentum.errors import UserError
 from hf_momentum.results.card import Card, results_card, write_card
+from hf_momentum.results.comparisons import paired_values
+from hf_momentum.results.plots import write_figure
+from hf_momentum.results.rows import table_rows
 from hf_momentum.training.arguments import RecipeTrainingArguments
 from hf_momentum.training.protocol import Group, Run, is_sharded
 from hf_momentum.training.run_store import RunStore
@@ -33,6 +36,27 @@ def check_push(training: RecipeTrainingArguments, tasks: Sequence[str]) -> None:
             "--push_to_hub pushes one model, the pick that is best on dev over all seeds: name one --task and one "
             "--optim. For a card of the whole comparison use --model_card."
         )
+
+
+def card_figure(records: Sequence[dict[str, Any]], folder: Path) -> tuple[Path | None, str]:
+    """Draw what a card shows: the paired differences, or the learning curves where there is nothing to compare.
+
+    Args:
+        records: The card's records.
+        folder: Where to.
+
+    Returns:
+        The PNG, None without one; and a sentence on why there is none, empty where the records hold neither.
+    """
+    rows = table_rows(records)
+    has_curves = any(record.get("curve") for row in rows for record in row.records)
+    kind = "difference" if paired_values(rows) else "curves" if has_curves else None
+    if kind is None:
+        return None, ""
+    try:
+        return write_figure(kind, records, folder)[0], ""
+    except UserError as error:  # without matplotlib the card is still whole
+        return None, f"The card has no figure: {error}"
 
 
 class Publisher:
@@ -68,13 +92,15 @@ class Publisher:
             tokenizer: To be pushed with the model.
 
         Returns:
-            A sentence on what happened.
+            A sentence on what happened, and one if the card has no figure that it could have.
         """
-        records = self._records()
+        records, figure, missing = self._records(), None, ""
+        if PartialState().is_main_process:  # which alone writes the card
+            figure, missing = card_figure(records, self.store.folder)
         if not self.push:
             if PartialState().is_main_process:
-                write_card(results_card(records, name), self.store.folder)
-            return f"Model card: {self.store.folder / 'README.md'}"
+                write_card(results_card(records, name, figure), self.store.folder)
+            return _lines(f"Model card: {self.store.folder / 'README.md'}", missing)
         run, candidates = self._best(), self._candidates()
         model = next(record for record in records if record["run_id"] == run.run_id)
         trainer = build_trainer(run)
@@ -82,7 +108,7 @@ class Publisher:
             trainer.train()
         self.store.drop_weights(candidates)
         trainer.args.output_dir, trainer.processing_class = str(self.store.folder), tokenizer
-        return push_with_card(trainer, results_card(records, name, model=model))
+        return _lines(push_with_card(trainer, results_card(records, name, figure, model)), missing)
 
     def _candidates(self) -> Group:
         return Group(tuple(run for group in self.groups for run in group.runs))
@@ -134,6 +160,10 @@ def push_with_card(trainer: Trainer, card: Card) -> str:
     except _REFUSALS as error:
         return _refused(error, folder)
     return "" if commit is None else f"Pushed: {commit.repo_url}"
+
+
+def _lines(*sentences: str) -> str:
+    return "\n".join(filter(None, sentences))
 
 
 def _refused(error: Exception, folder: Path) -> str:

@@ -55,6 +55,7 @@ def run(optim: str, seed: int, test: float, **changes) -> dict:
         "command": "accelerate launch recipes/roberta_fewshot.py --task sst-2 --optim sgd sgdm",
         "data": HUB,
         "group": optim,
+        "grid_size": 3,
     }
     return record | changes
 
@@ -97,6 +98,7 @@ def several() -> list[dict]:
 
 def cards() -> dict:
     alone = [run("sgdm", seed, value) for seed, value in ((13, 0.93), (21, 0.94))]
+    alone = [record | {"task": "mnli", "data": MNLI} for record in alone]
     return {
         "comparison": results_card(comparison(), "roberta-large-sst-2", EXPECTED / "comparison" / "figure.png"),
         "bare": results_card(bare(), "bare"),
@@ -143,14 +145,46 @@ def test_values_are_those_of_the_records(tmp_path):
     assert [result.metric_value for result in data.eval_results] == [0.9383, 0.9398]
     assert {result.dataset_type for result in data.eval_results} == {"SetFit/sst2"}
     assert (data.base_model, data.datasets) == ("FacebookAI/roberta-large", ["SetFit/sst2"])
-    assert [entry.value for entry in cards()["comparison"].entries] == [0.9383, 0.9398]
+    assert cards()["comparison"].entries == []  # whose weights would these be?
 
 
 def test_the_weights_own_value_comes_first_and_alone_stands_for_the_hub():
     card = cards()["model"]
     values = [(result.metric_value, "this model" in result.metric_name) for result in card.content.data.eval_results]
     assert values == [(0.94, True), (0.935, False)]
-    assert [entry.value for entry in card.entries] == [0.94]
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in card.entries] == [
+        ("nyu-mll/glue", "mnli", 0.94)
+    ]
+
+
+def test_a_data_set_whose_task_is_not_named_gets_no_entry():
+    record = run("sgd", 13, 0.9)
+    assert results_card([record], "x", model=record).entries == []
+    assert results_card([record], "x").content.data.datasets == ["SetFit/sst2"]
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (3, ("the best dev accuracy is picked, and tested once", "One run per seed, picked on dev")),
+        (1, ("Every run is tested.", "Every run")),
+        (None, ("as many for choosing.", "One run per seed")),
+    ],
+)
+def test_a_pick_is_claimed_only_where_there_was_a_choice(size, said):
+    text = results_card([run("sgd", seed, 0.9, grid_size=size) for seed in (13, 21)], "x").content.text
+    summary, title = said
+    assert f"{summary}\n" in text.replace("once.", "once")
+    assert f"**{title}**" in text
+
+
+def test_many_commands_are_cut_short_and_a_sweep_states_its_own():
+    trials = [run("sgd", seed, 0.9, command=f"python recipe.py --seeds={seed}") for seed in range(7)]
+    text = results_card(trials, "x").content.text
+    assert text.count("python recipe.py") == 5
+    assert text.endswith("```\n\nand 2 more of the same kind.\n")
+    text = results_card([trial | {"sweep_command": "python sweep.py grid.yaml"} for trial in trials], "x").content.text
+    assert text.endswith("## Command\n\n```bash\npython sweep.py grid.yaml\n```\n")
 
 
 @pytest.mark.parametrize("data", [{"source": "folder"}, {"source": "demo"}, None])
@@ -183,9 +217,9 @@ def test_a_readme_that_is_no_card_is_not_overwritten(tmp_path):
 
 
 def test_the_command_line_makes_one_from_results_alone(tmp_path):
-    file = tmp_path / "results.jsonl"
+    file, out = tmp_path / "roberta-large-sst-2" / "results.jsonl", tmp_path / "card"
+    file.parent.mkdir()
     file.write_text("".join(json.dumps(record) + "\n" for record in comparison()) + '{"broken\n')
-    out = tmp_path / "roberta-large-sst-2"
     figure = EXPECTED / "comparison" / "figure.png"
     done = CliRunner().invoke(app, ["card", str(file), "--output", str(out), "--figure", str(figure)])
     assert done.exit_code == 0, done.output

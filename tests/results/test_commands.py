@@ -82,6 +82,12 @@ def test_plot_names_its_files_and_reports_problems(results):
         (["compare", "{results}/none", "--margin", "2"], "No such file"),
         (["compare", "{results}", "--margin", "-1"], "margin must be positive"),
         (["plot", "{results}", "--figure", "pie"], "Unknown figure: 'pie'"),
+        (["compare", "{results}", "--margin", "2", "--metric", "task"], "--metric task is no number"),
+        (["plot", "{results}", "--figure", "difference", "--confidence", "2"], "--confidence must be between 0 and 1"),
+        (
+            ["plot", "{results}", "--figure", "lr", "--confidence", "0.5"],
+            "--confidence belongs to --figure difference",
+        ),
     ],
 )
 def test_mistakes_end_with_a_message_and_status_2(results, capsys, monkeypatch, argv, message):
@@ -90,3 +96,18 @@ def test_mistakes_end_with_a_message_and_status_2(results, capsys, monkeypatch, 
 
 def test_compare_demands_a_margin(results, capsys, monkeypatch):
     assert "--margin" in refused(capsys, monkeypatch, "compare", results)
+
+
+def test_the_card_is_named_after_the_results(results, tmp_path):
+    folder = tmp_path / "five_tasks"
+    folder.mkdir()
+    (results / "results.jsonl").rename(folder / "results.jsonl")
+    other = folder / "other.jsonl"
+    other.write_text(json.dumps(run("sgd", 13, 0.5, task="other")) + "\n")
+    for argv, title in [
+        ([folder], "five_tasks"),
+        ([folder / "results.jsonl", other], "five_tasks-other"),
+        ([other, "--name", "mine"], "mine"),
+    ]:
+        call("card", *argv, "--output", tmp_path / "card")
+        assert f"\n# {title}\n" in (tmp_path / "card" / "README.md").read_text()

@@ -1,10 +1,14 @@
 import json
 
 import pytest
-from sample_runs import five_tasks, run, sweeps
+from sample_runs import five_tasks, run, runs, sweeps
 
 from hf_momentum.errors import UserError
-from hf_momentum.results.plots import curves_figure, difference_figure, line_styles, lr_figure, write_figure
+from hf_momentum.results.comparisons import paired_values
+from hf_momentum.results.drawing import line_styles
+from hf_momentum.results.plots import curves_figure, difference_figure, lr_figure, write_figure
+from hf_momentum.results.rows import table_rows
+from hf_momentum.results.statistics import equivalence
 
 pytest.importorskip("matplotlib")
 
@@ -15,7 +19,7 @@ def grid():
         records.append(
             run(optim, seed, None, learning_rate=rate, effective_lr=rate, dev_accuracy=0.5 + rate / 10 + seed / 1e3)
         )
-    return [*records, records[1] | {"stage": "test", "test_accuracy": 0.45, "group": "g"}]
+    return [*records, records[1] | {"stage": "test", "test_accuracy": 0.45, "group": "g", "grid_size": 3}]
 
 
 def curves(records):
@@ -49,6 +53,16 @@ def test_lr_figure_without_a_test_says_so():
     assert [text.get_text() for text in figure.axes[1].texts] == ["not tested yet"]
 
 
+def test_lr_figure_of_runs_that_were_all_tested_claims_no_pick():
+    rates = (0.01, 0.1)
+    records = [run("sgd", s, 0.5 + r, learning_rate=r, effective_lr=r, grid_size=1) for s in (13, 21) for r in rates]
+    _, test = lr_figure(records)[0].axes
+    assert test.get_title().endswith("test, every run")
+    assert test.lines[1].get_xydata().ravel() == pytest.approx([0.01, 51, 0.1, 60])  # joined as on dev
+    _, test = lr_figure([*records, run("sgd", 42, None)])[0].axes
+    assert test.get_title().endswith("\ntest")
+
+
 def test_difference_figure_has_a_line_per_comparison_and_the_margin():
     figure, records = difference_figure(five_tasks(), margin=2.0)
     (axes,) = figure.axes
@@ -60,6 +74,37 @@ def test_difference_figure_has_a_line_per_comparison_and_the_margin():
     assert len(axes.containers) == 7
     assert all(record["optim"] != "zero-shot" for record in records)
     assert not difference_figure(five_tasks())[0].axes[0].patches
+
+
+def thick(axes):
+    return [line.get_xdata() for line in axes.lines if line.get_linewidth() > 3]
+
+
+def test_difference_figure_draws_the_interval_that_decides_equivalence_inside_the_other():
+    figure, _ = difference_figure(five_tasks(), margin=2.0)
+    (axes,) = figure.axes
+    pair = paired_values(table_rows(five_tasks()))[0]
+    verdict = equivalence(pair.first_values, pair.second_values, 2.0)
+    assert list(thick(axes)[0]) == [verdict.low, verdict.high]
+    (thin,) = axes.containers[0].lines[2][0].get_segments()
+    assert thin[0][0] < verdict.low < verdict.high < thin[1][0]
+    assert len(thick(axes)) == 6
+    assert "thick: 90% interval; equivalent where it lies within ±2 points" in figure.get_supxlabel()
+    figure, _ = difference_figure(five_tasks())
+    assert not thick(figure.axes[0])
+    assert "thick" not in figure.get_supxlabel()
+
+
+def test_a_difference_without_spread_is_an_open_marker_and_the_caption_says_so():
+    same = [*runs("sgd", [0.5, 0.6, 0.7]), *runs("sgdm", [0.51, 0.61, 0.71])]
+    one = [*runs("sgd", [0.5], task="trec"), *runs("sgdm", [0.6], task="trec")]
+    figure, _ = difference_figure([*same, *one, *five_tasks()[1:11]], margin=2.0)
+    (axes,) = figure.axes
+    faces = [container.lines[0].get_markerfacecolor() for container in axes.containers]
+    assert faces[:2] == ["black", "white"]
+    assert [container.has_xerr for container in axes.containers][:2] == [True, False]
+    assert "open: no spread over seeds" in figure.get_supxlabel()
+    assert "open" not in difference_figure(sweeps())[0].get_supxlabel()
 
 
 def test_difference_figure_repeats_nothing_that_all_lines_share():
@@ -79,6 +124,15 @@ def test_curves_figure_draws_seeds_and_their_mean_per_condition():
     assert len(figure.axes[0].lines) == 2 * (3 + 1)
     assert figure.axes[0].lines[3].get_xydata().ravel() == pytest.approx([5, 52.0, 10, 54.0, 15, 56.0])
     assert len(records) == len(sweeps())
+
+
+def test_a_numbered_method_makes_no_panel_of_its_own():
+    numbered = [*runs("sgd", [0.6, 0.7], group="a"), *runs("sgd", [0.5, 0.6], group="b")]
+    numbered = [record | {"run_id": str(number)} for number, record in enumerate(numbered)]
+    figure, _ = curves_figure(curves([*numbered, *runs("sgdm", [0.6, 0.7])]))
+    assert [axes.get_title() for axes in figure.axes] == ["sst-2"]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["sgd #1", "sgd #2", "sgdm β=0.9"]
 
 
 def test_curves_of_unequal_steps_are_averaged_where_all_have_a_value():

@@ -5,7 +5,14 @@ import pytest
 from sample_runs import run
 
 from hf_momentum.errors import UserError
-from hf_momentum.results.record import append_record, identifier, package_versions, read_records, read_results
+from hf_momentum.results.record import (
+    append_record,
+    find_fault,
+    identifier,
+    package_versions,
+    read_records,
+    read_results,
+)
 
 
 def test_identifier_is_stable_and_ignores_order():
@@ -87,6 +94,23 @@ def test_several_files_are_one_result_each_read_once(tmp_path):
         ({"test_accuracy": "0.5"}, "a result whose 'test_accuracy' is '0.5'"),
         ({"momentum": [0.9]}, "a result whose 'momentum' is [0.9]"),
         ({"steps": True}, "a result whose 'steps' is True"),
+        ({"seed": "13"}, "a result whose 'seed' is '13'"),
+        ({"test_accuracy": 57.2}, "a result whose 'test_accuracy' is 57.2"),
+        ({"dev_accuracy": -0.1}, "a result whose 'dev_accuracy' is -0.1"),
+        ({"weight_decay": "a"}, "a result whose 'weight_decay' is 'a'"),
+        ({"lr_form": 3}, "a result whose 'lr_form' is 3"),
+        ({"regime": 5}, "a result whose 'regime' is 5"),
+        ({"command": ["python"]}, "a result whose 'command' is ['python']"),
+        ({"arguments": "x"}, "a result whose 'arguments' is 'x'"),
+        ({"hardware": "x"}, "a result whose 'hardware' is 'x'"),
+        ({"hardware": {"cores": "2"}}, "a result whose 'hardware.cores' is '2'"),
+        ({"hardware": {"devices": [["H200"]]}}, "a result whose 'hardware.devices' is [['H200']]"),
+        ({"data": {"source": "disk"}}, "a result whose 'data' is {'source': 'disk'}"),
+        ({"data": {"source": "hub"}}, "a result whose 'data' is {'source': 'hub'}"),
+        ({"data": {"source": "demo", "test_examples": "9"}}, "a result whose 'data.test_examples' is '9'"),
+        ({"curve": {"step": 1}}, "a result whose 'curve' is {'step': 1}"),
+        ({"curve": [{"dev_accuracy": 0.5}]}, "a result whose 'curve' is [{'dev_accuracy': 0.5}]"),
+        ({"curve": [{"step": 1, "dev_accuracy": "b"}]}, "a result whose 'curve.dev_accuracy' is 'b'"),
     ],
 )
 def test_a_result_that_no_table_can_use_is_reported_with_its_line(tmp_path, changes, reason):
@@ -95,6 +119,13 @@ def test_a_result_that_no_table_can_use_is_reported_with_its_line(tmp_path, chan
     results = read_results([tmp_path])
     assert len(results.records) == 1
     assert results.problems == [f"{tmp_path / 'results.jsonl'}:2: {reason}; the line is left out."]
+
+
+def test_what_a_record_may_leave_open_is_no_fault():
+    nested = {"hardware": {"devices": [], "cpu": None}, "data": {}, "arguments": {}, "regime": None}
+    curve = [{"step": 1, "train_loss": 0.7}, {"step": 2, "dev_accuracy": None}, {"step": 3, "dev_accuracy": 1}]
+    assert find_fault(run("sgd", 13, 1.0, dev_accuracy=0, curve=curve, **nested)) is None
+    assert find_fault({"stage": "dev", "hardware": "x"}) is None  # no result: nothing shows it
 
 
 @pytest.mark.parametrize("name", ["task", "model", "optim", "seed"])

@@ -95,6 +95,12 @@ def test_without_spread_nothing_is_claimed():
         assert bootstrap_interval(*pair(differences)) == (-math.inf, math.inf)
 
 
+def test_equal_differences_have_no_interval():
+    difference = paired_difference(*pair([1.0, 1.0, 1.0]))
+    assert (difference.mean, difference.std) == pytest.approx((1.0, 0.0))
+    assert (difference.low, difference.high) == (-math.inf, math.inf)
+
+
 def test_a_spread_of_rounding_errors_is_none():
     first, second = {1: 0.1, 2: 0.2, 3: 0.7}, {1: 0.3, 2: 0.4, 3: 0.9}
     assert len({second[seed] - first[seed] for seed in first}) > 1

@@ -2,7 +2,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from hf_momentum.results.tables import print_summary, table_rows
+from hf_momentum.results.tables import accuracy_report, print_summary, table_rows
 
 COMMON = {"task": "t", "model": "m", "tuning": "prompt", "k": 16, "ell": None, "lr_form": "effective", "grid_size": 2}
 
@@ -52,6 +52,21 @@ def test_summary_shows_scores_difference_and_problems():
     # differences 2 and 6 points: mean 4, standard error 2, t(0.975, 1) = 12.706
     assert "t: sgdm β=0.9 − sgd = +4.0 points, 95% interval [-21.4, +29.4], paired over 2 seeds." in text
     assert "file:3: bad" in text
+
+
+def test_the_caption_speaks_of_picks_only_where_there_was_a_choice():
+    def caption(*sizes):
+        records = [record("sgd", 1, 0.6, grid_size=size, group=f"{size}") for size in sizes]
+        return accuracy_report(records).sheets[0].caption
+
+    assert caption(1, 2) == "mean (population std) over seeds, each run picked on dev; MiB: optimizer state"
+    assert caption(1) == "mean (population std) over seeds, every run is tested; MiB: optimizer state"
+    assert caption(None) == "mean (population std) over seeds; MiB: optimizer state"
+
+
+def test_a_second_test_of_one_row_and_seed_is_a_problem():
+    tests = [record("sgd", 1, 0.6, run_id="a"), record("sgd", 1, 0.7, run_id="b")]
+    assert "run a was tested, then run b; the later test stands." in printed(tests)
 
 
 def test_zero_shot_row_has_a_score_and_no_difference():
