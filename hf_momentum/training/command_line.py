@@ -1,8 +1,10 @@
 """A recipe's command line: dataclass arguments, YAML files of them, and errors without tracebacks."""
 
+import atexit
 import difflib
 import gc
 import json
+import os
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping, Sequence
@@ -129,10 +131,19 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str], defaults: dict[s
 
 
 def leave_process_group() -> None:
-    """End a distributed run in order: a process that exits inside its group may be aborted by the group's threads."""
+    """End the process of a distributed run, in order: the last thing that it does.
+
+    A process that exits inside its group may be aborted by the group's threads, now and then also after it has left.
+    So the interpreter's own way out is cut short once all that was registered for the exit has run. Without a process
+    group nothing happens.
+    """
     if distributed.is_available() and distributed.is_initialized():
         gc.collect()  # models that DDP wrapped hold the group
         distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
