@@ -7,9 +7,10 @@ import sys
 
 from accelerate import PartialState
 from backend_run import cpu_as_accelerator, full_weights, use_gloo_alone
+from stock_trainer import arguments
 from tiny_models import TokenRows, tiny_classifier
 from torch import distributed as dist
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_momentum import trainer_kwargs
 from hf_momentum.training.command_line import leave_process_group
@@ -26,18 +27,11 @@ def main(output: str) -> None:
 
 
 def train(output: str) -> None:
-    args = TrainingArguments(
-        output_dir=f"{output}-out",
+    args = arguments(
+        f"{output}-out",
         max_steps=4,
         per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)),
-        train_sampling_strategy="sequential",
-        max_grad_norm=0.0,
         lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     model = tiny_classifier()
     kwargs = trainer_kwargs(model, args, optim="sgdm", lr=0.1)

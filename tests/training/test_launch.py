@@ -10,8 +10,9 @@ import pytest
 import torch
 from backend_launch import accelerate, finish, free_port, start
 from backend_run import full_weights
+from stock_trainer import arguments
 from tiny_models import TokenRows, save_tiny_roberta, tiny_classifier
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_momentum import trainer_kwargs
 
@@ -26,18 +27,7 @@ needs_deepspeed = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory) -> torch.Tensor:
     """The weights after what backend_launched.py trains, in one process."""
-    args = TrainingArguments(
-        output_dir=str(tmp_path_factory.mktemp("one")),
-        max_steps=4,
-        per_device_train_batch_size=8,
-        train_sampling_strategy="sequential",
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    args = arguments(tmp_path_factory.mktemp("one"), max_steps=4, lr_scheduler_type="constant")
     model = tiny_classifier()
     kwargs = trainer_kwargs(model, args, optim="sgdm", lr=0.1)
     Trainer(model=model, args=args, train_dataset=TokenRows(), **kwargs).train()

@@ -3,6 +3,7 @@
 import sys
 
 import torch
+from stock_trainer import arguments
 from tiny_models import TokenRows, tiny_classifier
 from transformers import Trainer
 
@@ -11,21 +12,14 @@ from hf_momentum.training.command_line import leave_process_group
 
 
 def train(output: str, batch: int, accumulation: int, mend: bool = True) -> None:
-    args = MomentumTrainingArguments(
-        output_dir=output,
+    args = arguments(
+        output,
+        MomentumTrainingArguments,
         optim="sgd",
         learning_rate=0.5,
-        max_steps=6,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        train_sampling_strategy="sequential",
-        max_grad_norm=0.0,
         lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     model = tiny_classifier().double()
     kwargs = trainer_kwargs(model, args)
