@@ -1,17 +1,13 @@
 """Figures from the records of runs: accuracy over lr, paired differences, learning curves."""
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from hf_momentum.errors import UserError, require_extra
+from hf_momentum.errors import UserError
+from hf_momentum.results.canvas import PANEL_WIDTH, grid_of_panels, in_our_style, new_figure, save_figure
 from hf_momentum.results.comparisons import Pair, averaged_pairs, paired_values
 from hf_momentum.results.drawing import draw_accuracy_over_lr, draw_differences, draw_learning_curves, line_styles
 from hf_momentum.results.rows import (
@@ -30,32 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Drawing = tuple["Figure", list[dict[str, Any]]]
-_SETTINGS = {
-    "svg.hashsalt": "hf_momentum",  # the same figure, the same file
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "axes.titlesize": 9,
-}
-_PANEL_WIDTH, _PANEL_HEIGHT = 3.4, 2.3  # inches: two panels fill a page's width
 
 
-def _context() -> AbstractContextManager:
-    """Our settings while a figure is made or written; those of the user come back after it."""
-    return require_extra("matplotlib.style", "report").context(["default", _SETTINGS])
-
-
-def _in_our_style(function: Callable) -> Callable:
-    @wraps(function)
-    def styled(*args: Any, **kwargs: Any) -> Any:
-        with _context():
-            return function(*args, **kwargs)
-
-    return styled
-
-
-@_in_our_style
+@in_our_style
 def lr_figure(records: Sequence[dict[str, Any]]) -> Drawing:
     """Accuracy over the learning rate: per task, dev for every run, and test for every run or those picked on dev.
 
@@ -73,7 +46,7 @@ def lr_figure(records: Sequence[dict[str, Any]]) -> Drawing:
         raise UserError("No trained run with a dev_accuracy and a learning rate in these results.")
     panels = _by_panel(rows)
     styles = line_styles(name for part in panels.values() for name in part)
-    figure, grid = _panels(len(panels), 2, styles, sharex="row", sharey="row")
+    figure, grid = grid_of_panels(len(panels), 2, styles, sharex="row", sharey="row")
     for (label, part), (dev, test) in zip(panels.items(), grid, strict=True):
         tested, all_tested = _tested(part.values())
         joined = {"dev_accuracy": True, "test_accuracy": all_tested}
@@ -108,7 +81,7 @@ def _over_lr(row: Row, metric: str) -> dict[float, list[float]]:
     return values
 
 
-@_in_our_style
+@in_our_style
 def curves_figure(records: Sequence[dict[str, Any]]) -> Drawing:
     """Learning curves: dev accuracy over the steps of the tested runs, a panel per task.
 
@@ -131,7 +104,7 @@ def curves_figure(records: Sequence[dict[str, Any]]) -> Drawing:
     styles = line_styles(name for part in panels.values() for name in part)
     columns = min(2, len(panels))
     one_task = len({row.setting for row in rows}) == 1
-    figure, grid = _panels(math.ceil(len(panels) / columns), columns, styles, sharey=one_task)
+    figure, grid = grid_of_panels(math.ceil(len(panels) / columns), columns, styles, sharey=one_task)
     for (label, part), axes in zip(panels.items(), grid.flat, strict=False):
         curves = {name: list(filter(None, map(_curve, row.records))) for name, row in part.items()}
         draw_learning_curves(axes, curves, styles)
@@ -147,7 +120,7 @@ def _curve(record: dict[str, Any]) -> list[tuple[float, float]]:
     return [(step, 100 * value) for step, value in points if value is not None]
 
 
-@_in_our_style
+@in_our_style
 def difference_figure(
     records: Sequence[dict[str, Any]], margin: float | None = None, confidence: float = 0.95
 ) -> Drawing:
@@ -179,7 +152,7 @@ def difference_figure(
     verdicts = [] if margin is None else [equivalence(p.first_values, p.second_values, margin) for p in pairs]
     reading = _reading(pairs, verdicts, confidence)
     height = 1 + 0.14 * len(reading) + len(pairs) * (0.32 if max(map(len, told)) < 2 else 0.45)
-    figure = _new_figure(2 * _PANEL_WIDTH, height)
+    figure = new_figure(2 * PANEL_WIDTH, height)
     axes = figure.subplots()
     if margin is not None:
         axes.axvspan(-margin, margin, color="0.9", zorder=0)
@@ -232,41 +205,6 @@ def write_figure(
     return save_figure(*kinds[kind](records, **options), folder / kind)
 
 
-@_in_our_style
-def save_figure(figure: "Figure", records: Iterable[dict[str, Any]], stem: Path) -> list[Path]:
-    """Write a figure as PNG and SVG, and beside it the records that it shows.
-
-    The same figure gives the same bytes.
-
-    Args:
-        figure: The figure.
-        records: The records.
-        stem: The path without a suffix; folders are made as needed.
-
-    Returns:
-        The three files.
-
-    Raises:
-        UserError: If they cannot be written.
-    """
-    files = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg", ".jsonl")]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(files[0], dpi=200)
-        figure.savefig(files[1], metadata={"Date": None})
-        files[2].write_text(lines, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"Cannot write {stem}: {error}") from error
-    return files
-
-
-def _new_figure(width: float, height: float) -> "Figure":
-    figure = require_extra("matplotlib.figure", "report").Figure(figsize=(width, height), layout="constrained")
-    require_extra("matplotlib.backends.backend_agg", "report").FigureCanvasAgg(figure)
-    return figure
-
-
 def _by_panel(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
     """Task and training conditions → method → row."""
     names, settings = row_names(rows), setting_names(rows)
@@ -276,18 +214,6 @@ def _by_panel(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
         label = ", ".join(filter(None, [settings[row.setting], conditions]))
         panels.setdefault(label, {})[method] = row
     return panels
-
-
-def _panels(lines: int, columns: int, styles: Mapping[str, dict], **options: Any) -> tuple["Figure", np.ndarray]:
-    """Panels under a legend that has as many columns as fit."""
-    artists = require_extra("matplotlib.lines", "report")
-    width = max(2, columns) * _PANEL_WIDTH
-    fitting = int(width / (0.6 + 0.075 * max(map(len, styles))))  # inches of a handle and a character
-    across = min(max(fitting, 1), len(styles))
-    figure = _new_figure(width, lines * _PANEL_HEIGHT + 0.2 + 0.18 * math.ceil(len(styles) / across))
-    handles = [artists.Line2D([], [], label=name, **style) for name, style in styles.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=across)
-    return figure, figure.subplots(lines, columns, squeeze=False, **options)
 
 
 def _records(rows: Iterable[Row]) -> list[dict[str, Any]]:
