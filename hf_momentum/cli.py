@@ -85,7 +85,7 @@ def compare(
 @app.command()
 def plot(
     results: Results,
-    figure: Annotated[str, typer.Option(help="lr, difference or curves.")],
+    figure: Annotated[str, typer.Option(help="lr, difference, curves; of image runs also svag, rates.")],
     output: Annotated[Path, typer.Option(help="The folder for FIGURE.png, .svg and .jsonl.")] = Path("figures"),
     margin: Annotated[float | None, typer.Option(help="difference: draw ±margin in points as a band.")] = None,
     confidence: Annotated[

@@ -11,7 +11,8 @@ part is kept in OUTPUT_DIR/results.jsonl; started again, the command skips what 
 
 Figures: {names}.
 A configuration names a study, its parameters, and what to draw of its rows: copy one from recipes/dynamics/. What
-parameters a study has: python -c "from hf_momentum.dynamics.studies import NAME; help(NAME.cells)".
+parameters a study has: python -c "from hf_momentum.command import command_line, read_yaml, run_command
+from hf_momentum.dynamics.studies import NAME; help(NAME.cells)".
 """
 
 import argparse
@@ -29,14 +30,13 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
+from hf_momentum.command import command_line, read_yaml, run_command
 from hf_momentum.dynamics.studies import NAMES, get_study, plan
 from hf_momentum.errors import UserError
 from hf_momentum.results.canvas import save_figure
 from hf_momentum.results.export import Report, print_report, to_markdown
 from hf_momentum.results.panels import Panel, TableSpec, panels_figure, read_specs, rows_sheet
 from hf_momentum.results.record import append_record, identifier, package_versions, read_records
-from hf_momentum.training.command_line import read_yaml, run_command
-from hf_momentum.training.environment import command_line
 
 CONFIGS = Path(__file__).parent / "dynamics"
 KEYS = ("study", "title", "parameters", "panels", "tables")
@@ -103,9 +103,9 @@ def read_config(path: Path, parameters: Mapping[str, Any]) -> FigureConfig:
     return FigureConfig(path.stem, study, cells, content.get("title", ""), *specs)
 
 
-def compute(study: str, cell: dict[str, Any], threads: int) -> tuple[list[dict[str, Any]], float]:
+def compute(study: str, cell: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
     """Compute one cell in a worker."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # the cells are what runs side by side
     start = time.perf_counter()
     return get_study(study).rows(**cell), time.perf_counter() - start
 
@@ -118,11 +118,10 @@ def compute_missing(figures: Sequence[FigureConfig], file: Path, workers: int, c
     if not todo:
         return
     about = {"packages": package_versions(), "command": command_line()}
-    threads = max(1, (os.cpu_count() or 1) // workers)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, Progress(console=console) as progress:
         bar = progress.add_task("cells", total=len(todo))
-        jobs = {pool.submit(compute, figure.study, cell, threads): run_id for run_id, (figure, cell) in todo.items()}
+        jobs = {pool.submit(compute, figure.study, cell): run_id for run_id, (figure, cell) in todo.items()}
         try:
             for job in as_completed(jobs):
                 figure, cell = todo[jobs[job]]

@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from hf_momentum.command import command_line, read_yaml, run_command
 from hf_momentum.errors import UserError, require_extra
 from hf_momentum.results.record import identifier, package_versions
 from hf_momentum.results.tables import print_summary
@@ -55,10 +56,8 @@ from hf_momentum.training.command_line import (
     given_options,
     option,
     parse_arguments,
-    read_yaml,
-    run_command,
 )
-from hf_momentum.training.environment import command_line, data_source, hardware, hub_model, learning_curve
+from hf_momentum.training.environment import data_source, hardware, hub_model, learning_curve
 from hf_momentum.training.grid import Grid, read_grid
 from hf_momentum.training.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from hf_momentum.training.protocol import (

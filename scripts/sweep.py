@@ -55,10 +55,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TimeElapsedColumn
 
+from hf_momentum.command import run_command
 from hf_momentum.errors import UserError, require_extra
 from hf_momentum.results.record import read_results
 from hf_momentum.results.tables import print_summary
-from hf_momentum.training.command_line import run_command
 from hf_momentum.training.sweep import RESULTS, Range, Sweep, read_sweep
 from hf_momentum.training.sweep_study import SharedStudy
 

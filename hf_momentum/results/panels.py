@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_momentum.errors import UserError
+from hf_momentum.errors import UserError, require_extra
 from hf_momentum.results.canvas import grid_of_panels, in_our_style
 from hf_momentum.results.drawing import line_styles
 from hf_momentum.results.export import Sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 _MOST_MARKERS = 30  # on a line
-SCALES = ("linear", "log", "symlog")
+_FEW_DECADES = 30
+SPREADS = ("bars", "band")
+SCALES = ("linear", "log", "log2", "symlog")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Panel:
         xmarks: Label → place of a vertical line.
         ymarks: Label → place of a horizontal line.
         ylim: Lower and upper end of the y axis; empty chooses.
+        spread: How `low` to `high` is drawn, one of `SPREADS`.
     """
 
     x: str
@@ -54,11 +58,12 @@ class Panel:
     xmarks: dict[str, float] = field(default_factory=dict)
     ymarks: dict[str, float] = field(default_factory=dict)
     ylim: list[float] = field(default_factory=list)
+    spread: str = "bars"
 
     def __post_init__(self) -> None:
-        for name in ("xscale", "yscale"):
-            if getattr(self, name) not in SCALES:
-                raise UserError(f"A panel's {name} is {getattr(self, name)!r}. Allowed: {', '.join(SCALES)}.")
+        for name, allowed in (("xscale", SCALES), ("yscale", SCALES), ("spread", SPREADS)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"A panel's {name} is {getattr(self, name)!r}. Allowed: {', '.join(allowed)}.")
 
 
 @dataclass(frozen=True)
@@ -126,13 +131,14 @@ def select(rows: Sequence[Row], where: Mapping[str, Any]) -> list[Row]:
 
 
 @in_our_style
-def panels_figure(rows: Sequence[Row], panels: Sequence[Panel], title: str = "") -> "Figure":
+def panels_figure(rows: Sequence[Row], panels: Sequence[Panel], title: str = "", reading: str = "") -> "Figure":
     """Draw panels under one legend.
 
     Args:
         rows: The rows of a study.
         panels: What to draw of them.
         title: Above all.
+        reading: Below all, what the marks mean; empty says it of measurements and predictions.
 
     Returns:
         The figure.
@@ -148,7 +154,9 @@ def panels_figure(rows: Sequence[Row], panels: Sequence[Panel], title: str = "")
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     if any(row.get(panel.line) is not None for panel, part in zip(panels, parts, strict=True) for row in part):
-        figure.supxlabel("markers: measured, bars: 95% intervals; lines without markers: predicted", fontsize=8)
+        reading = reading or "markers: measured, bars: 95% intervals; lines without markers: predicted"
+    if reading:
+        figure.supxlabel(reading, fontsize=8)
     return figure
 
 
@@ -182,11 +190,26 @@ def draw_panel(axes: "Axes", rows: Sequence[Row], panel: Panel, styles: Mapping[
     for label, place in panel.ymarks.items():
         axes.axhline(place, color="0.6", linewidth=0.8, zorder=1)
         axes.annotate(label, (1, place), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
-    scales = {name: getattr(panel, name) for name in ("xscale", "yscale")}
-    axes.set(**scales, xlabel=panel.xlabel or panel.x, ylabel=panel.ylabel or panel.y)
-    axes.set_title(panel.title, pad=12 if panel.xmarks else 4)
     if panel.ylim:
         axes.set_ylim(*panel.ylim)
+    axes.set(xlabel=panel.xlabel or panel.x, ylabel=panel.ylabel or panel.y)
+    for axis, scale in ((axes.xaxis, panel.xscale), (axes.yaxis, panel.yscale)):
+        _scale(axis, scale)
+    axes.set_title(panel.title, pad=12 if panel.xmarks else 4)
+
+
+def _scale(axis: "Axis", scale: str) -> None:
+    """Set a scale; a logarithmic one that spans little gets ticks at 1, 2 and 5 as plain numbers."""
+    ticker, set_scale = require_extra("matplotlib.ticker", "report"), getattr(axis.axes, f"set_{axis.axis_name}scale")
+    set_scale("log", base=2) if scale == "log2" else set_scale(scale)
+    if scale == "log2":
+        axis.set_major_formatter("{x:g}")
+    elif scale == "log":
+        low, high = axis.get_view_interval()
+        if high < _FEW_DECADES * low:
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
 
 
 def _draw_measured(axes: "Axes", rows: Sequence[Row], panel: Panel, style: Mapping[str, Any], joined: bool) -> None:
@@ -200,7 +223,10 @@ def _draw_measured(axes: "Axes", rows: Sequence[Row], panel: Panel, style: Mappi
     spread = [row for row in points if row.get("low") is not None and row.get("high") is not None]
     if spread:
         places, low, high = ([row[name] for row in spread] for name in (panel.x, "low", "high"))
-        axes.vlines(places, low, high, color=style["color"], linewidth=0.9, zorder=3)
+        if panel.spread == "band":
+            axes.fill_between(places, low, high, color=style["color"], alpha=0.2, linewidth=0, zorder=1)
+        else:
+            axes.vlines(places, low, high, color=style["color"], linewidth=0.9, zorder=3)
 
 
 def rows_sheet(rows: Sequence[Row], table: TableSpec) -> Sheet:

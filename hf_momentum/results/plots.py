@@ -10,6 +10,7 @@ from hf_momentum.errors import UserError
 from hf_momentum.results.canvas import PANEL_WIDTH, grid_of_panels, in_our_style, new_figure, save_figure
 from hf_momentum.results.comparisons import Pair, averaged_pairs, paired_values
 from hf_momentum.results.drawing import draw_accuracy_over_lr, draw_differences, draw_learning_curves, line_styles
+from hf_momentum.results.image_figures import rates_figure, svag_figure
 from hf_momentum.results.rows import (
     Row,
     cell_rows,
@@ -184,7 +185,7 @@ def write_figure(
     """Draw one of the figures by its name and save it under that name.
 
     Args:
-        kind: "lr", "difference" or "curves".
+        kind: "lr", "difference", "curves", "svag" or "rates".
         records: Records of results files.
         folder: Where to.
         margin: Of the difference figure alone.
@@ -197,6 +198,7 @@ def write_figure(
         UserError: If there is no such figure, or nothing to draw.
     """
     kinds = {"lr": lr_figure, "difference": difference_figure, "curves": curves_figure}
+    kinds |= {"svag": svag_figure, "rates": rates_figure}
     if kind not in kinds:
         raise UserError(f"Unknown figure: {kind!r}. Allowed: {', '.join(kinds)}.")
     if kind != "difference" and margin is not None:

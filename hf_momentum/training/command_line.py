@@ -1,47 +1,16 @@
 """A recipe's command line: dataclass arguments, YAML files of them, and errors without tracebacks."""
 
-import atexit
 import difflib
-import gc
 import json
-import os
-import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import yaml
-from torch import distributed
-from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import HfArgumentParser
 
 from hf_momentum.errors import UserError
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the recipe's own text as written and shows every default."""
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        UserError: If the file is missing, is not YAML, or holds something else.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"Cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold lines 'key: value', not {type(content).__name__}.")
-    return content
 
 
 def as_options(values: Mapping[str, Any]) -> list[str]:
@@ -112,6 +81,8 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str], defaults: dict[s
     Raises:
         UserError: If the command line holds a name that is no argument, or a value that is not allowed.
     """
+    from transformers import HfArgumentParser  # here, since it takes seconds to import
+
     layout = {"usage": "%(prog)s [options]", "formatter_class": _HelpFormatter}
     parser = HfArgumentParser(types, description=description, allow_abbrev=False, **layout)
     parser.set_defaults(**defaults)
@@ -128,36 +99,3 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str], defaults: dict[s
         close = difflib.get_close_matches(_name(unknown[0]), known, n=1)
         raise UserError(f"Unknown argument {unknown[0]!r}{f' (did you mean --{close[0]}?)' if close else ''}.")
     return tuple(instances)
-
-
-def leave_process_group() -> None:
-    """End the process of a distributed run, in order: the last thing that it does.
-
-    A process that exits inside its group may be aborted by the group's threads, now and then also after it has left.
-    So the interpreter's own way out is cut short once all that was registered for the exit has run. Without a process
-    group nothing happens.
-    """
-    if distributed.is_available() and distributed.is_initialized():
-        gc.collect()  # models that DDP wrapped hold the group
-        distributed.destroy_process_group()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-
-def run_command(main: Callable[[Sequence[str]], None]) -> None:
-    """Run a recipe's `main` on the command line; a user's mistake ends it with one message and status 2.
-
-    Args:
-        main: Takes the command line without the program's name.
-    """
-    try:
-        record(main)(sys.argv[1:])  # tells torchrun what went wrong
-        leave_process_group()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where this one ended.", file=sys.stderr)
-        sys.exit(130)

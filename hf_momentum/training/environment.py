@@ -3,73 +3,15 @@
 import math
 import os
 import platform
-import shlex
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from hf_momentum.tasks.demo import DEMO_TASKS
 from hf_momentum.tasks.hub import HUB_SOURCES
-
-_LAUNCHERS = ("accelerate", "torchrun", "deepspeed")
-_MODULES = ("accelerate.", "torch.distributed.", "deepspeed.")  # after python -m
-
-
-def command_line() -> str:
-    """The command that started this process, with the launcher around it as far as it can be known.
-
-    On Linux the launcher's own words are read from the parent process. Elsewhere the environment tells its name, and
-    under torchrun the number of processes on this machine. Values of options that end in `token` are hidden.
-
-    Returns:
-        The command, quoted for a shell.
-    """
-    words, parent = sys.argv, _parent_words()
-    launched = parent[-len(words) :] == words and any(map(_is_launcher, parent[: -len(words)]))
-    return shlex.join(_without_tokens(_shortened(parent) if launched else [*_launcher(), *words]))
-
-
-def _parent_words() -> list[str]:
-    with suppress(OSError):
-        return Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
-    return []
-
-
-def _is_launcher(word: str) -> bool:
-    return Path(word).name in _LAUNCHERS or word.startswith(_MODULES)
-
-
-def _shortened(words: Sequence[str]) -> list[str]:
-    """The same without the interpreter's and the launcher's folders."""
-    words = [Path(words[0]).name, *words[1:]]
-    if words[0].startswith("python"):
-        words = ["python", *words[1:]]
-        if Path(words[1]).name in _LAUNCHERS:
-            words = [Path(words[1]).name, *words[2:]]
-    return words
-
-
-def _launcher() -> list[str]:
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-    return ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
-
-
-def _without_tokens(words: Sequence[str]) -> list[str]:
-    shown = []
-    for previous, word in zip(["", *words], words, strict=False):
-        name, equals, _ = word.partition("=")
-        if previous.startswith("--") and previous.endswith("token"):
-            word = "HIDDEN"
-        elif equals and name.startswith("--") and name.endswith("token"):
-            word = f"{name}=HIDDEN"
-        shown.append(word)
-    return shown
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -82,6 +24,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
         `devices` (the name of every process's accelerator, empty on a CPU), `cpu` (the processor's model) and `cores`
         (those that this process may use).
     """
+    from accelerate.utils import gather_object  # here, since it takes seconds to import
+
     names = [] if device.type == "cpu" else [torch.get_device_module(device).get_device_name(device)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"devices": gather_object(names), "cpu": _cpu_model(), "cores": cores}
@@ -94,17 +38,18 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def learning_curve(log_history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def learning_curve(log_history: Iterable[dict[str, Any]], split: str = "dev") -> list[dict[str, Any]]:
     """The points of a run's learning curve.
 
     Args:
         log_history: Of the Trainer's state.
+        split: What the Trainer evaluates on while it trains: `dev` or `test`.
 
     Returns:
         One entry per step with a log: `step`, and as they were logged `train_loss` (since the log before),
-        `dev_accuracy` and `dev_loss`. A value that is not finite is None.
+        `SPLIT_accuracy` and `SPLIT_loss`. A value that is not finite is None.
     """
-    names = {"loss": "train_loss", "eval_accuracy": "dev_accuracy", "eval_loss": "dev_loss"}
+    names = {"loss": "train_loss", "eval_accuracy": f"{split}_accuracy", "eval_loss": f"{split}_loss"}
     points: dict[int, dict[str, Any]] = {}
     for log in log_history:
         found = {names[key]: value if math.isfinite(value) else None for key, value in log.items() if key in names}

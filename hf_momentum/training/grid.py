@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_momentum.command import read_yaml
 from hf_momentum.errors import UserError
-from hf_momentum.training.command_line import read_yaml
 
 SWEPT = ("optim", "learning_rate", "per_device_train_batch_size")
 

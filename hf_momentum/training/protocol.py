@@ -98,20 +98,37 @@ def plan_groups(
     Returns:
         The groups, in the order of the optimizers.
     """
-    groups = []
+    groups, best = [], {}
+    if under_deepspeed(training):  # where a callback cannot keep the best weights
+        best = {"metric_for_best_model": "accuracy", "greater_is_better": True, "save_total_limit": 1}
+        best |= {"load_best_model_at_end": True, "save_strategy": "best"}
     sizes = grid.per_device_train_batch_size or [training.per_device_train_batch_size]
     for optim in training.optim:
         changes = [
-            {"learning_rate": rate, "per_device_train_batch_size": size, "seed": seed}
+            {"learning_rate": rate, "per_device_train_batch_size": size, "seed": seed, **best}
             for rate in grid.rates(optim, training.learning_rate)
             for size in sizes
         ]
         shared = common | {"seed": seed, "draw": draw}
-        groups.append(Group(tuple(_plan_run(training, optim, cell, shared) for cell in changes)))
+        groups.append(Group(tuple(plan_run(training, optim, cell, shared) for cell in changes)))
     return groups
 
 
-def _plan_run(training: RecipeTrainingArguments, optim: str, changes: dict[str, Any], shared: dict[str, Any]) -> Run:
+def plan_run(training: RecipeTrainingArguments, optim: str, changes: dict[str, Any], shared: dict[str, Any]) -> Run:
+    """Settle everything about one run.
+
+    Args:
+        training: The command's arguments.
+        optim: The run's optimizer.
+        changes: Arguments of this run alone: `learning_rate`, `per_device_train_batch_size` and others.
+        shared: Settings that other runs share.
+
+    Returns:
+        The run; one with SVAG has its arguments stretched.
+
+    Raises:
+        UserError: If an argument is not allowed.
+    """
     size, rate = changes["per_device_train_batch_size"], changes["learning_rate"]
     if size < 1:
         raise UserError(f"per_device_train_batch_size must be at least 1, not {size}.")
@@ -119,9 +136,6 @@ def _plan_run(training: RecipeTrainingArguments, optim: str, changes: dict[str, 
         default = get_optimizer_info("sgdm").defaults["momentum"]
         momentum = default if training.momentum is None else training.momentum
         changes |= {"learning_rate": effective_lr(rate, momentum), "lr_form": None}
-    if under_deepspeed(training):
-        best = {"metric_for_best_model": "accuracy", "greater_is_better": True, "save_total_limit": 1}
-        changes |= {"load_best_model_at_end": True, "save_strategy": "best", **best}
     arguments = training.for_run(optim, **changes)
     batch_size = size * arguments.gradient_accumulation_steps * arguments.world_size  # under SVAG: of each half
     if optim == "svag":

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_momentum.command import read_yaml
 from hf_momentum.errors import UserError
 from hf_momentum.optim.schedules import unknown_name
 from hf_momentum.results.record import identifier
-from hf_momentum.training.command_line import as_options, read_yaml
+from hf_momentum.training.command_line import as_options
 
 RESULTS = "results.jsonl"
 _CHOICES = {"sampler": ("grid", "tpe"), "direction": ("maximize", "minimize")}

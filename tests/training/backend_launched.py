@@ -13,7 +13,7 @@ from torch import distributed as dist
 from transformers import Trainer
 
 from hf_momentum import trainer_kwargs
-from hf_momentum.training.command_line import leave_process_group
+from hf_momentum.command import leave_process_group
 
 
 def main(output: str) -> None:

@@ -29,7 +29,7 @@ from transformers import RobertaForSequenceClassification, Trainer, TrainingArgu
 from transformers.distributed import DistributedConfig
 
 from hf_momentum import trainer_kwargs
-from hf_momentum.training.command_line import leave_process_group
+from hf_momentum.command import leave_process_group
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "deepspeed"
 STEPS, ROWS_PER_STEP, RATE, ELL = 8, 8, 0.5, 4.0

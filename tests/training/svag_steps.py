@@ -12,11 +12,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from hf_momentum.command import leave_process_group
 from hf_momentum.optim import svag_coefficients
 from hf_momentum.training import OptimizerFactory, normalise_loss_per_micro_batch
 from hf_momentum.training.accelerate import SVAG
 from hf_momentum.training.callbacks.svag import SVAGCallback
-from hf_momentum.training.command_line import leave_process_group
 
 
 class Recorder(TrainerCallback):

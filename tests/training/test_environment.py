@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from hf_momentum.training import environment
-from hf_momentum.training.environment import command_line, data_source, hardware, hub_model, learning_curve
+from hf_momentum import command
+from hf_momentum.command import command_line
+from hf_momentum.training.environment import data_source, hardware, hub_model, learning_curve
 
 SCRIPT = ["recipes/x.py", "--optim", "sgd", "a b"]
 WRITTEN = "recipes/x.py --optim sgd 'a b'"
@@ -19,7 +20,7 @@ def launched(monkeypatch):
 
     def launch(parent: list[str], words: list[str] = SCRIPT, **variables: str) -> str:
         monkeypatch.setattr("sys.argv", words)
-        monkeypatch.setattr(environment, "_parent_words", lambda: parent)
+        monkeypatch.setattr(command, "_parent_words", lambda: parent)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         return command_line()

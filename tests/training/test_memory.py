@@ -7,8 +7,8 @@ import pytest
 import torch
 from stock_trainer import stock_trainer
 
+from hf_momentum.command import leave_process_group
 from hf_momentum.training.callbacks import OptimizerMemoryCallback, memory
-from hf_momentum.training.command_line import leave_process_group
 
 NAMES_OF_TWO = {f"{name}/rank_{rank}" for name in ("optimizer_state_bytes", "peak_memory_bytes") for rank in (0, 1)}
 

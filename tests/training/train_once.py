@@ -8,7 +8,7 @@ from tiny_models import TokenRows, tiny_classifier
 from transformers import Trainer
 
 from hf_momentum import MomentumTrainingArguments, trainer_kwargs
-from hf_momentum.training.command_line import leave_process_group
+from hf_momentum.command import leave_process_group
 
 
 def train(output: str, batch: int, accumulation: int, mend: bool = True) -> None:

@@ -4,6 +4,7 @@ import importlib
 
 _EXPORTS = {
     "BestWeightsCallback": "best_weights",
+    "EpochCallback": "epoch",
     "HyperparameterLogCallback": "trackers",
     "LRMilestonesCallback": "lr_milestones",
     "LogFirstCallbacks": "trackers",

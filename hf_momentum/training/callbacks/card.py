@@ -7,6 +7,7 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from hf_momentum.command import command_line
 from hf_momentum.errors import UserError
 from hf_momentum.optim import SGDM
 from hf_momentum.results.card import (
@@ -24,7 +25,7 @@ from hf_momentum.results.export import Report, Sheet, to_markdown
 from hf_momentum.results.record import package_versions
 from hf_momentum.training.callbacks.lr_milestones import lr_schedule
 from hf_momentum.training.callbacks.trackers import group_hyperparameters
-from hf_momentum.training.environment import command_line, hardware
+from hf_momentum.training.environment import hardware
 from hf_momentum.training.optimizers import hyperparameters_of, innermost_optimizer
 
 _OF_OTHERS = ("betas", "eps", "dampening", "nesterov")  # beside what `hyperparameters_of` names

@@ -1,0 +1,236 @@
+r"""ImageNet with ResNet-50, SGD and SGDM, from batch 1,024 to 8,192: at which batch size does momentum begin to help?
+
+Every combination of seed, optimizer, batch size, learning rate and ℓ is one run on the stock Trainer. The global batch
+is split by itself into processes × micro-batch × accumulation steps; --micro_batch is the most that a device takes.
+Checkpoints are written as --save_strategy and --save_steps say; the same command started again skips what is finished
+and goes on from the last checkpoint. Every finished run is a line of OUTPUT_DIR/results.jsonl.
+
+  one run       accelerate launch recipes/imagenet_resnet.py --data_dir IMAGENET --learning_rate 0.4 --micro_batch 128
+  the grid      accelerate launch recipes/imagenet_resnet.py --data_dir IMAGENET --micro_batch 128 \
+                  --global_batch_size 1024 2048 4096 8192 --grid recipes/grids/imagenet.yaml
+  DeepSpeed     accelerate launch --config_file recipes/accelerate/deepspeed_zero2.yaml --num_processes 8 \
+                  recipes/imagenet_resnet.py ...
+  two machines  accelerate launch --config_file recipes/accelerate/multi_node.yaml --machine_rank 0 \
+                  --main_process_ip HOST recipes/imagenet_resnet.py ...       (and --machine_rank 1 on the other)
+  on two cores  python recipes/imagenet_resnet.py --preset cpu --data_dir SMALL_IMAGE_FOLDER
+
+Data: an ImageFolder (train/CLASS/… and val/CLASS/…) or parquet files in --data_dir; else from the Hub, by default
+ILSVRC/imagenet-1k, whose terms have to be accepted there. --streaming keeps the training images off the disk.
+
+The learning rate is Eq. 1's γ (--lr_form heavy_ball); SGD runs at the matching η = γ/(1−β). The protocol is the usual
+90-epoch recipe: 5 epochs of linear warm-up, ×0.1 at epochs 30, 60 and 80, weight decay 1e-4, random resized crop and
+flip. What is known of the paper's own: ResNet-50, these batch sizes, Eq. 1's form, and SGD rescaled to match.
+
+With BatchNorm the statistics are those of a micro-batch: compare runs with one --micro_batch.
+Figures: hf-momentum plot OUTPUT_DIR --figure rates (accuracy over the learning rate, per batch size).
+
+Presets:
+{presets}
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from transformers import default_data_collator
+from transformers.utils import logging
+
+from hf_momentum.command import command_line, read_yaml, run_command
+from hf_momentum.errors import UserError
+from hf_momentum.results.record import identifier
+from hf_momentum.results.tables import print_summary
+from hf_momentum.tasks.image_models import build_image_model
+from hf_momentum.tasks.image_streams import ImageStreams, StreamRows, load_image_stream
+from hf_momentum.tasks.lazy_images import MappedImages, StreamedImages, image_transforms, model_statistics
+from hf_momentum.training.arguments import RecipeTrainingArguments
+from hf_momentum.training.callbacks import run_progress
+from hf_momentum.training.command_line import (
+    as_options,
+    given_options,
+    option,
+    parse_arguments,
+)
+from hf_momentum.training.environment import hardware
+from hf_momentum.training.grid import Grid, read_grid
+from hf_momentum.training.image_arguments import ImageArguments
+from hf_momentum.training.image_runs import ImageRuns, plan_image_runs
+from hf_momentum.training.protocol import Run
+from hf_momentum.training.publish import Publisher
+from hf_momentum.training.run_store import RunStore
+
+DEFAULTS = {
+    "output_dir": "runs/imagenet_resnet",
+    "model": "resnet50",
+    "optim": ["sgd", "sgdm"],
+    "lr_form": "heavy_ball",
+    "lr_scheduler_type": "constant_with_warmup",
+    "lr_milestones": [30 / 90, 60 / 90, 80 / 90],
+    "weight_decay": 1e-4,
+    "max_grad_norm": 0.0,
+    "eval_strategy": "steps",
+    "save_total_limit": 1,
+    "per_device_eval_batch_size": 64,
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,  # a diverged run has to show
+    "disable_tqdm": True,  # one progress display for all runs instead
+    "report_to": "none",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+USUAL = {"global_batch_size": [1024], "num_train_epochs": 90.0, "warmup_epochs": 5.0, "seeds": [0]}
+USUAL |= {"save_strategy": "epoch", "dataloader_num_workers": 8}
+CPU = {"image_size": 64, "global_batch_size": [64], "micro_batch": 32, "max_steps": 20, "warmup_epochs": 0.0}
+CPU |= {"learning_rate": 0.01, "seeds": [0], "save_strategy": "steps", "save_steps": 10}
+PRESETS = {"usual": USUAL, "cpu": CPU}
+NOT_HERE = {
+    "seed": "the seeds are those of --seeds, one run each",
+    "ell": "the values of ℓ are those of --ells",
+    "per_device_train_batch_size": "give --global_batch_size, and --micro_batch if a device takes less",
+    "gradient_accumulation_steps": "it follows from --global_batch_size and --micro_batch",
+    "resume_from_checkpoint": "the same command started again goes on by itself",
+    "push_to_hub": "there is no dev split to pick a run on; use --model_card",
+}
+
+
+@dataclass
+class ImageNetArguments(ImageArguments):
+    """The images of this recipe.
+
+    Attributes:
+        image_size: Height and width that the model sees, in pixels.
+        auto_augment: One of timm's augmentation policies besides the crop and the flip.
+        warmup_epochs: Epochs in which the learning rate rises from 0.
+        streaming: Whether the training images are streamed.
+        train_size: Number of training images of a stream.
+    """
+
+    image_size: int = field(default=224, metadata={"help": "Height and width that the model sees, in pixels."})
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "A policy in timm's notation besides crop and flip, such as rand-m9-mstd0.5."}
+    )
+    warmup_epochs: float = field(default=0.0, metadata={"help": "Epochs of a linear warm-up from 0."})
+    streaming: bool = field(default=False, metadata={"help": "Stream the training images, from the Hub or parquet."})
+    train_size: int | None = field(
+        default=None, metadata={"help": "Number of training images, for a stream other than ImageNet's."}
+    )
+
+
+def parse(argv: Sequence[str]) -> tuple[ImageNetArguments, RecipeTrainingArguments, Grid]:
+    """Read the command line; the preset, then files come before it, so that it wins."""
+    if path := option(argv, "config"):
+        argv = [*as_options(read_yaml(path)), *argv]
+    path, preset = option(argv, "grid"), option(argv, "preset") or "usual"
+    if preset not in PRESETS:
+        raise UserError(f"Unknown preset: {preset!r}. Allowed: {', '.join(PRESETS)}.")
+    grid, given = read_grid(path) if path else Grid(), given_options(argv)
+    if grid.per_device_train_batch_size:
+        raise UserError(f"{path}: give batch sizes with --global_batch_size, several if you like.")
+    if both := given & grid.swept:
+        raise UserError(f"--{min(both)} is given and also listed in {path}. Give it in one place.")
+    if misplaced := given & NOT_HERE.keys():
+        raise UserError(f"--{min(misplaced)} has no place here: {NOT_HERE[min(misplaced)]}.")
+    argv = [*as_options(grid.defaults | {"optim": grid.optim}), *argv]
+    shown = "".join(f"  {name}: {', '.join(as_options(values))}\n" for name, values in PRESETS.items())
+    description = __doc__.replace("{presets}\n", shown)
+    types = [ImageNetArguments, RecipeTrainingArguments]
+    images, training = parse_arguments(types, argv, DEFAULTS | PRESETS[preset], description)
+    training.accelerator_config.dispatch_batches = False  # each process reads its own part of a stream
+    return images, training, grid
+
+
+def settings(images: ImageNetArguments, data: ImageStreams) -> dict[str, Any]:
+    """What all runs have in common, as their records state it."""
+    norm = f" {images.norm} norm" if images.norm else ""
+    about = {"source": data.source, "classes": data.classes}
+    return {
+        "task": data.name,
+        "model": f"{images.model}{norm}",
+        "tuning": None,
+        "k": None,
+        "pretrained": images.pretrained,
+        "image_size": images.image_size,
+        "auto_augment": images.auto_augment,
+        "streaming": images.streaming,
+        "draw": identifier(about | {"images": data.train_size}),
+        "test_data": identifier(about | {"images": len(data.test)}),
+    }
+
+
+def describe(images: ImageNetArguments, data: ImageStreams) -> dict[str, Any]:
+    """What the records say besides: the data's source, the hardware, the command."""
+    source = {"source": "folder" if images.data_dir else "hub", "id": images.data_dir or data.source}
+    return {
+        "data": source | {"test_examples": len(data.test)},
+        "hardware": hardware(PartialState().device),
+        "command": command_line(),
+    }
+
+
+def build_runs(images: ImageNetArguments, data: ImageStreams, store: RunStore, publisher: Publisher) -> ImageRuns:
+    """What all runs share: the images, the model, and what their records say."""
+    size, classes = images.image_size, len(data.classes)
+
+    def make_model() -> torch.nn.Module:
+        return build_image_model(
+            images.model, classes, norm=images.norm, pretrained=images.pretrained, image_size=size
+        )
+
+    statistics = model_statistics(make_model())  # and a mistake shows before the first run starts
+    train, test = image_transforms(size, *statistics, images.auto_augment)
+
+    def train_set(run: Run) -> MappedImages | StreamedImages:
+        arguments = run.arguments
+        if not isinstance(data.train, StreamRows):
+            return MappedImages(data.train, classes, train, seed=arguments.seed)
+        return StreamedImages(
+            data.train,
+            classes,
+            train,
+            size=data.train_size,
+            batch_size=arguments.per_device_train_batch_size,
+            seed=arguments.seed,
+            processes=arguments.world_size,
+            process=arguments.process_index,
+            workers=arguments.dataloader_num_workers,
+        )
+
+    test_set = MappedImages(data.test, classes, test)
+    about = describe(images, data)
+    return ImageRuns(train_set, test_set, default_data_collator, make_model, store, publisher, about)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse, find the images, plan, train what is not finished, print the table."""
+    images, training, grid = parse(argv)
+    first = PartialState().is_main_process
+    console = Console(quiet=not first)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    store = RunStore(training.output_dir)
+    publisher = Publisher(store, push=False)
+    with PartialState().main_process_first():
+        data = load_image_stream(
+            images.data_dir, images.hub_id, streaming=images.streaming, train_size=images.train_size
+        )
+    console.print(f"{data.name}: {data.source}, {data.train_size} + {len(data.test)} images", markup=False)
+    runs = build_runs(images, data, store, publisher)
+    groups = plan_image_runs(images, training, grid, settings(images, data), data.train_size, images.warmup_epochs)
+    publisher.groups = groups
+    with run_progress(console, disable=not first) as progress:
+        overall = progress.add_task("runs", total=len(groups))
+        for group in groups:
+            if store.find(run_id=group.runs[0].run_id) is None:
+                runs.train(group.runs[0], progress)
+            progress.advance(overall)
+    print_summary(store.records, store.problems, console)
+    console.print(f"Results: {store.file}", highlight=False)
+    if images.model_card:
+        name = Path(training.output_dir).absolute().name
+        console.print(publisher.publish(name, runs.build_trainer, None), highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    run_command(main)
