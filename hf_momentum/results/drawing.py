@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Lines are told apart by marker, dash and grey value; the colour only helps.
 _COLORS = ("#14508c", "#e07b39", "#3f6b2a", "#b07cc6", "#8c1c2e", "#8a8a8a", "#0b8f8f", "#5a4632")
 _MARKERS, _DASHES = "osD^vPX*", ("-", "--", "-.", ":")
+MOST_STYLES = len(_COLORS)  # that differ in colour and marker
 
 
 def line_styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_momentum.errors import UserError, require_extra
 from hf_momentum.results.canvas import grid_of_panels, in_our_style
-from hf_momentum.results.drawing import line_styles
+from hf_momentum.results.drawing import MOST_STYLES, line_styles
 from hf_momentum.results.export import Sheet
 
 if TYPE_CHECKING:
@@ -144,20 +144,38 @@ def panels_figure(rows: Sequence[Row], panels: Sequence[Panel], title: str = "",
         The figure.
     """
     parts = [select(rows, panel.where) for panel in panels]
-    names = [_series(row, panel) for panel, part in zip(panels, parts, strict=True) for row in part]
-    styles = line_styles(names)
-    columns = min(2, len(panels))
-    shown = {name: style for name, style in styles.items() if name}
-    figure, grid = grid_of_panels(math.ceil(len(panels) / columns), columns, shown, title=title)
-    for panel, part, axes in zip(panels, parts, grid.flat, strict=False):
-        draw_panel(axes, part, panel, styles)
+    names = [
+        tuple(dict.fromkeys(_series(row, panel) for row in part)) for panel, part in zip(panels, parts, strict=True)
+    ]
+    shared = len({frozenset(part) for part in names}) == 1
+    styles = line_styles(name for part in names for name in part)
+    columns, legend = min(2, len(panels)), styles if shared and any(names[0]) else {}
+    figure, grid = grid_of_panels(math.ceil(len(panels) / columns), columns, legend, title=title)
+    for panel, part, own, axes in zip(panels, parts, names, grid.flat, strict=False):
+        looks = styles if len(styles) <= MOST_STYLES else line_styles(own)
+        draw_panel(axes, part, panel, looks)
+        if not shared and any(own):
+            _legend(axes, {name: looks[name] for name in own})
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    if any(row.get(panel.line) is not None for panel, part in zip(panels, parts, strict=True) for row in part):
-        reading = reading or "markers: measured, bars: 95% intervals; lines without markers: predicted"
+    reading = reading or _reading([(panel, row) for panel, part in zip(panels, parts, strict=True) for row in part])
     if reading:
         figure.supxlabel(reading, fontsize=8)
     return figure
+
+
+def _legend(axes: "Axes", styles: Mapping[str, dict]) -> None:
+    artists = require_extra("matplotlib.lines", "report")
+    handles = [artists.Line2D([], [], label=name, markersize=3.5, **style) for name, style in styles.items()]
+    axes.legend(handles=handles, fontsize=7, framealpha=0.7, handlelength=2.8, frameon=True, edgecolor="none")
+
+
+def _reading(shown: Sequence[tuple[Panel, Row]]) -> str:
+    """What the marks mean."""
+    has_lines = any(row.get(panel.y) is not None and row.get(panel.line) is not None for panel, row in shown)
+    has_intervals = any(row.get(panel.y) is not None and row.get("low") is not None for panel, row in shown)
+    words = ["markers: measured"] * (has_lines or has_intervals) + ["bars: 95% intervals"] * has_intervals
+    return ", ".join([*words, *["lines without markers: predicted"] * has_lines])
 
 
 def _series(row: Row, panel: Panel) -> str:
