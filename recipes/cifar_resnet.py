@@ -22,7 +22,6 @@ In the paper's experiment "η = 0.2" does not say which form it is. --lr_form ef
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,24 +29,15 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging
 
-from hf_momentum.command import command_line, read_yaml, run_command
-from hf_momentum.errors import UserError
+from hf_momentum.command import command_line, run_command
 from hf_momentum.results.record import identifier
-from hf_momentum.results.tables import print_summary
 from hf_momentum.tasks.augmentation import AugmentedImages, collate, normalisation
 from hf_momentum.tasks.image_models import build_image_model
-from hf_momentum.tasks.images import ImageData, load_images, shrink, subset
+from hf_momentum.tasks.images import ImageData, load_images, shrink
 from hf_momentum.training.arguments import RecipeTrainingArguments
-from hf_momentum.training.callbacks import run_progress
-from hf_momentum.training.command_line import (
-    as_options,
-    given_options,
-    option,
-    parse_arguments,
-)
 from hf_momentum.training.environment import hardware
-from hf_momentum.training.grid import Grid, read_grid
-from hf_momentum.training.image_arguments import ImageArguments
+from hf_momentum.training.grid import Grid
+from hf_momentum.training.image_arguments import ImageArguments, parse_image_command
 from hf_momentum.training.image_runs import ImageRuns, plan_image_runs
 from hf_momentum.training.protocol import Run
 from hf_momentum.training.publish import Publisher
@@ -55,19 +45,11 @@ from hf_momentum.training.run_store import RunStore
 
 DEFAULTS = {
     "output_dir": "runs/cifar_resnet",
-    "optim": ["sgd", "sgdm"],
     "lr_scheduler_type": "constant",
     "lr_milestones": [0.5, 0.75],
     "weight_decay": 5e-4,
-    "max_grad_norm": 0.0,
-    "eval_strategy": "steps",
     "save_strategy": "no",
     "per_device_eval_batch_size": 500,
-    "remove_unused_columns": False,  # the images come in batches
-    "logging_nan_inf_filter": False,  # a diverged run has to show
-    "disable_tqdm": True,  # one progress display for all runs instead
-    "report_to": "none",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 PAPER = {"model": "cifar_resnet32", "norm": "batch", "learning_rate": 0.2, "global_batch_size": [512]}
 PAPER |= {"num_train_epochs": 160.0}
@@ -76,14 +58,6 @@ CPU |= {"num_train_epochs": 10.0, "train_images": 4096, "test_images": 2000, "sh
 DEMO = CPU | {"data": "digits", "train_images": None, "test_images": None, "shrink": 1, "global_batch_size": [128]}
 DEMO |= {"num_train_epochs": 5.0, "augment": False}
 PRESETS = {"paper": PAPER, "cpu": CPU, "demo": DEMO}
-NOT_HERE = {
-    "seed": "the seeds are those of --seeds, one run each",
-    "ell": "the values of ℓ are those of --ells",
-    "per_device_train_batch_size": "give --global_batch_size, and --micro_batch if a device takes less",
-    "gradient_accumulation_steps": "it follows from --global_batch_size and --micro_batch",
-    "resume_from_checkpoint": "the same command started again goes on by itself",
-    "push_to_hub": "there is no dev split to pick a run on; use --model_card",
-}
 
 
 @dataclass
@@ -106,33 +80,20 @@ class CifarArguments(ImageArguments):
 
 
 def parse(argv: Sequence[str]) -> tuple[CifarArguments, RecipeTrainingArguments, Grid]:
-    """Read the command line; the preset, then files come before it, so that it wins."""
-    if path := option(argv, "config"):
-        argv = [*as_options(read_yaml(path)), *argv]
-    path, preset = option(argv, "grid"), option(argv, "preset") or "paper"
-    if preset not in PRESETS:
-        raise UserError(f"Unknown preset: {preset!r}. Allowed: {', '.join(PRESETS)}.")
-    grid, given = read_grid(path) if path else Grid(), given_options(argv)
-    if grid.per_device_train_batch_size:
-        raise UserError(f"{path}: give batch sizes with --global_batch_size, several if you like.")
-    if both := given & grid.swept:
-        raise UserError(f"--{min(both)} is given and also listed in {path}. Give it in one place.")
-    if misplaced := given & NOT_HERE.keys():
-        raise UserError(f"--{min(misplaced)} has no place here: {NOT_HERE[min(misplaced)]}.")
-    argv = [*as_options(grid.defaults | {"optim": grid.optim}), *argv]
-    shown = "".join(f"  {name}: {', '.join(as_options(values))}\n" for name, values in PRESETS.items())
-    description = __doc__.replace("{presets}\n", shown)
-    return (
-        *parse_arguments([CifarArguments, RecipeTrainingArguments], argv, DEFAULTS | PRESETS[preset], description),
-        grid,
-    )
+    """Read the command line."""
+    return parse_image_command(CifarArguments, argv, DEFAULTS, PRESETS, __doc__)
 
 
 def load(images: CifarArguments) -> ImageData:
     """The images that are trained on; a part of them, or smaller ones, carry a name of their own."""
-    data = load_images(images.data, data_dir=images.data_dir, hub_id=images.hub_id)
-    parts = {"train": (data.train, images.train_images), "test": (data.test, images.test_images)}
-    parts = {name: part if size is None else subset(part, size, seed=0) for name, (part, size) in parts.items()}
+    data = load_images(
+        images.data,
+        data_dir=images.data_dir,
+        hub_id=images.hub_id,
+        train_size=images.train_images,
+        test_size=images.test_images,
+    )
+    parts = {"train": data.train, "test": data.test}
     if images.shrink > 1:
         parts = {name: shrink(part, images.shrink) for name, part in parts.items()}
     name = "-".join(filter(None, [
@@ -148,9 +109,12 @@ def build_runs(images: CifarArguments, data: ImageData, store: RunStore, publish
     statistics = normalisation(data)
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     augment = {"padding": 4 * size // 32 or 1, "flip": True} if images.augment else {"padding": 0, "flip": False}
-    source = "folder" if images.data_dir else "hub" if images.data == "cifar10" or images.hub_id else "demo"
+    if images.data_dir or (images.data == "digits" and not images.hub_id):
+        source = {"source": "folder" if images.data_dir else "demo"}
+    else:
+        source = {"source": "hub", "id": images.hub_id or "uoft-cs/cifar10"}
     about = {
-        "data": {"source": source, "id": images.hub_id or "uoft-cs/cifar10", "test_examples": len(data.test.labels)},
+        "data": source | {"test_examples": len(data.test.labels)},
         "hardware": hardware(PartialState().device),
         "command": command_line(),
     }
@@ -197,19 +161,9 @@ def main(argv: Sequence[str]) -> None:
         data = load(images)
     console.print(f"{data.name}: {data.source}", markup=False)
     runs = build_runs(images, data, store, publisher)
-    publisher.groups = plan_image_runs(images, training, grid, settings(images, data), len(data.train.labels))
+    groups = plan_image_runs(images, training, grid, settings(images, data), len(data.train.labels))
     runs.make_model()  # so that a mistake shows before the first run starts
-    with run_progress(console, disable=not first) as progress:
-        overall = progress.add_task("runs", total=len(publisher.groups))
-        for group in publisher.groups:
-            if store.find(run_id=group.runs[0].run_id) is None:
-                runs.train(group.runs[0], progress)
-            progress.advance(overall)
-    print_summary(store.records, store.problems, console)
-    console.print(f"Results: {store.file}", highlight=False)
-    if images.model_card:
-        name = Path(training.output_dir).absolute().name
-        console.print(publisher.publish(name, runs.build_trainer, None), highlight=False, markup=False)
+    runs.run(groups, training.output_dir, images.model_card, console)
 
 
 if __name__ == "__main__":

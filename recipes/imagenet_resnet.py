@@ -30,7 +30,6 @@ Presets:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,24 +38,15 @@ from rich.console import Console
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from hf_momentum.command import command_line, read_yaml, run_command
-from hf_momentum.errors import UserError
+from hf_momentum.command import command_line, run_command
 from hf_momentum.results.record import identifier
-from hf_momentum.results.tables import print_summary
 from hf_momentum.tasks.image_models import build_image_model
 from hf_momentum.tasks.image_streams import ImageStreams, StreamRows, load_image_stream
 from hf_momentum.tasks.lazy_images import MappedImages, StreamedImages, image_transforms, model_statistics
 from hf_momentum.training.arguments import RecipeTrainingArguments
-from hf_momentum.training.callbacks import run_progress
-from hf_momentum.training.command_line import (
-    as_options,
-    given_options,
-    option,
-    parse_arguments,
-)
 from hf_momentum.training.environment import hardware
-from hf_momentum.training.grid import Grid, read_grid
-from hf_momentum.training.image_arguments import ImageArguments
+from hf_momentum.training.grid import Grid
+from hf_momentum.training.image_arguments import ImageArguments, parse_image_command
 from hf_momentum.training.image_runs import ImageRuns, plan_image_runs
 from hf_momentum.training.protocol import Run
 from hf_momentum.training.publish import Publisher
@@ -65,34 +55,18 @@ from hf_momentum.training.run_store import RunStore
 DEFAULTS = {
     "output_dir": "runs/imagenet_resnet",
     "model": "resnet50",
-    "optim": ["sgd", "sgdm"],
     "lr_form": "heavy_ball",
     "lr_scheduler_type": "constant_with_warmup",
     "lr_milestones": [30 / 90, 60 / 90, 80 / 90],
     "weight_decay": 1e-4,
-    "max_grad_norm": 0.0,
-    "eval_strategy": "steps",
     "save_total_limit": 1,
     "per_device_eval_batch_size": 64,
-    "remove_unused_columns": False,
-    "logging_nan_inf_filter": False,  # a diverged run has to show
-    "disable_tqdm": True,  # one progress display for all runs instead
-    "report_to": "none",
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 USUAL = {"global_batch_size": [1024], "num_train_epochs": 90.0, "warmup_epochs": 5.0, "seeds": [0]}
 USUAL |= {"save_strategy": "epoch", "dataloader_num_workers": 8}
 CPU = {"image_size": 64, "global_batch_size": [64], "micro_batch": 32, "max_steps": 20, "warmup_epochs": 0.0}
 CPU |= {"learning_rate": 0.01, "seeds": [0], "save_strategy": "steps", "save_steps": 10}
 PRESETS = {"usual": USUAL, "cpu": CPU}
-NOT_HERE = {
-    "seed": "the seeds are those of --seeds, one run each",
-    "ell": "the values of ℓ are those of --ells",
-    "per_device_train_batch_size": "give --global_batch_size, and --micro_batch if a device takes less",
-    "gradient_accumulation_steps": "it follows from --global_batch_size and --micro_batch",
-    "resume_from_checkpoint": "the same command started again goes on by itself",
-    "push_to_hub": "there is no dev split to pick a run on; use --model_card",
-}
 
 
 @dataclass
@@ -119,24 +93,8 @@ class ImageNetArguments(ImageArguments):
 
 
 def parse(argv: Sequence[str]) -> tuple[ImageNetArguments, RecipeTrainingArguments, Grid]:
-    """Read the command line; the preset, then files come before it, so that it wins."""
-    if path := option(argv, "config"):
-        argv = [*as_options(read_yaml(path)), *argv]
-    path, preset = option(argv, "grid"), option(argv, "preset") or "usual"
-    if preset not in PRESETS:
-        raise UserError(f"Unknown preset: {preset!r}. Allowed: {', '.join(PRESETS)}.")
-    grid, given = read_grid(path) if path else Grid(), given_options(argv)
-    if grid.per_device_train_batch_size:
-        raise UserError(f"{path}: give batch sizes with --global_batch_size, several if you like.")
-    if both := given & grid.swept:
-        raise UserError(f"--{min(both)} is given and also listed in {path}. Give it in one place.")
-    if misplaced := given & NOT_HERE.keys():
-        raise UserError(f"--{min(misplaced)} has no place here: {NOT_HERE[min(misplaced)]}.")
-    argv = [*as_options(grid.defaults | {"optim": grid.optim}), *argv]
-    shown = "".join(f"  {name}: {', '.join(as_options(values))}\n" for name, values in PRESETS.items())
-    description = __doc__.replace("{presets}\n", shown)
-    types = [ImageNetArguments, RecipeTrainingArguments]
-    images, training = parse_arguments(types, argv, DEFAULTS | PRESETS[preset], description)
+    """Read the command line."""
+    images, training, grid = parse_image_command(ImageNetArguments, argv, DEFAULTS, PRESETS, __doc__)
     training.accelerator_config.dispatch_batches = False  # each process reads its own part of a stream
     return images, training, grid
 
@@ -218,18 +176,7 @@ def main(argv: Sequence[str]) -> None:
     console.print(f"{data.name}: {data.source}, {data.train_size} + {len(data.test)} images", markup=False)
     runs = build_runs(images, data, store, publisher)
     groups = plan_image_runs(images, training, grid, settings(images, data), data.train_size, images.warmup_epochs)
-    publisher.groups = groups
-    with run_progress(console, disable=not first) as progress:
-        overall = progress.add_task("runs", total=len(groups))
-        for group in groups:
-            if store.find(run_id=group.runs[0].run_id) is None:
-                runs.train(group.runs[0], progress)
-            progress.advance(overall)
-    print_summary(store.records, store.problems, console)
-    console.print(f"Results: {store.file}", highlight=False)
-    if images.model_card:
-        name = Path(training.output_dir).absolute().name
-        console.print(publisher.publish(name, runs.build_trainer, None), highlight=False, markup=False)
+    runs.run(groups, training.output_dir, images.model_card, console)
 
 
 if __name__ == "__main__":

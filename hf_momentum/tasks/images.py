@@ -3,7 +3,7 @@
 import io
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +63,15 @@ DIGITS_TRAIN = 1437
 """So many of scikit-learn's 1,797 digits are for training: the first ones; the last 360 are for testing."""
 
 
-def load_images(name: str = "cifar10", *, data_dir: str | Path | None = None, hub_id: str | None = None) -> ImageData:
-    """Load and decode all images of a data set: from `data_dir`, else from `hub_id`, else by name.
+def load_images(
+    name: str = "cifar10",
+    *,
+    data_dir: str | Path | None = None,
+    hub_id: str | None = None,
+    train_size: int | None = None,
+    test_size: int | None = None,
+) -> ImageData:
+    """Load and decode the images of a data set: from `data_dir`, else from `hub_id`, else by name.
 
     `cifar10` is `uoft-cs/cifar10` on the Hub. `digits` is the demo, which needs no network: scikit-learn's 8×8 grey
     digits, their 17 levels spread over 0 to 255, the first 1,437 in its order to train on, the last 360 to test on.
@@ -73,6 +80,8 @@ def load_images(name: str = "cifar10", *, data_dir: str | Path | None = None, hu
         name: `cifar10`, whose source must have 10 classes, `digits`, or with a source any name of your own.
         data_dir: A folder; see `read_image_dir` for its layouts.
         hub_id: `owner/name` or `owner/name:config` on the Hub; see `read_image_hub`.
+        train_size: Decode no more than a subset of this size; see `subset`, with the seed 0.
+        test_size: Likewise.
 
     Returns:
         The images. They are grey (C=1) if all of a split are, else RGB (C=3).
@@ -87,7 +96,9 @@ def load_images(name: str = "cifar10", *, data_dir: str | Path | None = None, hu
     if name == DIGITS:
         if given is not None:
             raise UserError(f"{DIGITS} come with scikit-learn, not from {given}. Give your own data another name.")
-        return _load_digits()
+        digits, sizes = _load_digits(), {"train": train_size, "test": test_size}
+        parts = {split: subset(getattr(digits, split), size, 0) for split, size in sizes.items() if size is not None}
+        return replace(digits, **parts)
     if given is None and name not in _KNOWN:
         raise UserError(
             f"No images are known under the name {name!r}: give --data_dir FOLDER or a Hub id. "
@@ -98,7 +109,7 @@ def load_images(name: str = "cifar10", *, data_dir: str | Path | None = None, hu
     for split in (encoded.train, encoded.test):
         _check_labels(split, classes)
     train, test = (
-        ImageSet(decode_images(split), torch.tensor(split.labels)) for split in (encoded.train, encoded.test)
+        _decode_split(split, size) for split, size in ((encoded.train, train_size), (encoded.test, test_size))
     )
     if train.pixels.shape[1:] != test.pixels.shape[1:]:
         raise UserError(
@@ -106,6 +117,14 @@ def load_images(name: str = "cifar10", *, data_dir: str | Path | None = None, hu
             f"{_shape(test.pixels)}. Both splits must have images of one size."
         )
     return ImageData(name, encoded.source, classes, train, test)
+
+
+def _decode_split(split: EncodedImages, size: int | None) -> ImageSet:
+    if size is not None:
+        chosen = _balanced(torch.tensor(split.labels), size, seed=0).tolist()
+        kept = {name: [getattr(split, name)[index] for index in chosen] for name in ("images", "labels", "names")}
+        split = replace(split, **kept)
+    return ImageSet(decode_images(split), torch.tensor(split.labels))
 
 
 def decode_images(encoded: EncodedImages) -> Tensor:
@@ -152,22 +171,26 @@ def subset(images: ImageSet, size: int, seed: int) -> ImageSet:
     Raises:
         UserError: If `size` is not positive, or a class has too few images for its share.
     """
-    classes, counts = images.labels.unique(return_counts=True)
+    indices = _balanced(images.labels, size, seed)
+    return ImageSet(images.pixels[indices], images.labels[indices])
+
+
+def _balanced(labels: Tensor, size: int, seed: int) -> Tensor:
+    classes, counts = labels.unique(return_counts=True)
     shares = [size // len(classes) + (place < size % len(classes)) for place in range(len(classes))]
     scarce = [int(label) for label, count, share in zip(classes, counts, shares, strict=True) if count < share]
     if size < 1 or scarce:
         most = int(counts.min()) * len(classes)
         raise UserError(
-            f"A subset of {size} images cannot be drawn from {len(images.labels)} images in {len(classes)} classes"
+            f"A subset of {size} images cannot be drawn from {len(labels)} images in {len(classes)} classes"
             f"{f': class {scarce[0]} has only {counts[classes == scarce[0]].item()}' if scarce else ''}. "
             f"Choose a size from 1 to {most}, for which there are enough of every class."
         )
     draw = random.Random(seed).random
-    order = torch.tensor([draw() for _ in images.labels], dtype=torch.float64).argsort()
-    labels = images.labels.cpu()[order]
-    kept = [order[labels == label][:share] for label, share in zip(classes.cpu(), shares, strict=True)]
-    indices = torch.cat(kept).sort().values.to(images.labels.device)
-    return ImageSet(images.pixels[indices], images.labels[indices])
+    order = torch.tensor([draw() for _ in labels], dtype=torch.float64).argsort()
+    drawn = labels.cpu()[order]
+    kept = [order[drawn == label][:share] for label, share in zip(classes.cpu(), shares, strict=True)]
+    return torch.cat(kept).sort().values.to(labels.device)
 
 
 def shrink(images: ImageSet, factor: int) -> ImageSet:

@@ -1,10 +1,38 @@
-"""What an image recipe adds to the Trainer's arguments."""
+"""What an image recipe adds to the Trainer's arguments, and how its command line is read."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+import torch
+
+from hf_momentum.command import read_yaml
 from hf_momentum.errors import UserError
+from hf_momentum.training.arguments import RecipeTrainingArguments
+from hf_momentum.training.command_line import as_options, given_options, option, parse_arguments
+from hf_momentum.training.grid import Grid, read_grid
+
+Images = TypeVar("Images", bound="ImageArguments")
 
 NORMS = ("batch", "group")
+DEFAULTS = {
+    "optim": ["sgd", "sgdm"],
+    "max_grad_norm": 0.0,
+    "eval_strategy": "steps",
+    "remove_unused_columns": False,  # the images come in batches, or have no columns
+    "logging_nan_inf_filter": False,  # a diverged run has to show
+    "disable_tqdm": True,  # one progress display for all runs instead
+    "report_to": "none",
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+NOT_HERE = {
+    "seed": "the seeds are those of --seeds, one run each",
+    "ell": "the values of ℓ are those of --ells",
+    "per_device_train_batch_size": "give --global_batch_size, and --micro_batch if a device takes less",
+    "gradient_accumulation_steps": "it follows from --global_batch_size and --micro_batch",
+    "resume_from_checkpoint": "the same command started again goes on by itself",
+    "push_to_hub": "there is no dev split to pick a run on; use --model_card",
+}
 
 
 @dataclass
@@ -67,3 +95,44 @@ class ImageArguments:
                 raise UserError(f"--{name} needs values, each once, not {values}.")
         if min(self.ells) < 1:
             raise UserError(f"--ells must be at least 1, not {min(self.ells):g}; 1 is the plain optimizer.")
+
+
+def parse_image_command(
+    kind: type[Images],
+    argv: Sequence[str],
+    defaults: Mapping[str, Any],
+    presets: Mapping[str, Mapping[str, Any]],
+    description: str,
+) -> tuple[Images, RecipeTrainingArguments, Grid]:
+    """Read an image recipe's command line; the preset, then files come before it, so that it wins.
+
+    Args:
+        kind: The recipe's arguments.
+        argv: The command line without the program's name.
+        defaults: The recipe's own, over `DEFAULTS`.
+        presets: Name → defaults over these; the first is taken if none is named.
+        description: The recipe's text for `--help`, with `{presets}` where they are listed.
+
+    Returns:
+        The recipe's arguments, the Trainer's, and the grid.
+
+    Raises:
+        UserError: If a name or a value is not allowed, or an argument has no place in such a recipe.
+    """
+    if path := option(argv, "config"):
+        argv = [*as_options(read_yaml(path)), *argv]
+    path, preset = option(argv, "grid"), option(argv, "preset") or next(iter(presets))
+    if preset not in presets:
+        raise UserError(f"Unknown preset: {preset!r}. Allowed: {', '.join(presets)}.")
+    grid, given = read_grid(path) if path else Grid(), given_options(argv)
+    if grid.per_device_train_batch_size:
+        raise UserError(f"{path}: give batch sizes with --global_batch_size, several if you like.")
+    if both := given & grid.swept:
+        raise UserError(f"--{min(both)} is given and also listed in {path}. Give it in one place.")
+    if misplaced := given & NOT_HERE.keys():
+        raise UserError(f"--{min(misplaced)} has no place here: {NOT_HERE[min(misplaced)]}.")
+    argv = [*as_options(grid.defaults | {"optim": grid.optim}), *argv]
+    shown = "".join(f"  {name}: {' '.join(as_options(values))}\n" for name, values in presets.items())
+    merged = {**DEFAULTS, **defaults, **presets[preset]}
+    text = description.replace("{presets}", shown.rstrip())
+    return (*parse_arguments([kind, RecipeTrainingArguments], argv, merged, text), grid)

@@ -4,12 +4,13 @@ import gc
 import itertools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 from torch.utils.data import Dataset
@@ -19,9 +20,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_momentum.errors import UserError
 from hf_momentum.optim import effective_lr, get_optimizer_info
 from hf_momentum.results.record import package_versions
+from hf_momentum.results.tables import print_summary
 from hf_momentum.tasks.metrics import compute_metrics
 from hf_momentum.training.arguments import RecipeTrainingArguments
-from hf_momentum.training.callbacks import EpochCallback, RunProgressCallback
+from hf_momentum.training.callbacks import EpochCallback, RunProgressCallback, run_progress
 from hf_momentum.training.callbacks.lr_milestones import lr_schedule
 from hf_momentum.training.environment import learning_curve
 from hf_momentum.training.global_batch import split_batch
@@ -43,11 +45,12 @@ def plan_image_runs(
     common: dict[str, Any],
     train_size: int,
     warmup_epochs: float = 0.0,
+    whole_batches: bool = True,
 ) -> list[Group]:
     """Plan a run for each seed, optimizer, learning rate, batch size and ℓ; each is tested, none is picked.
 
-    The epochs of the arguments are those of the run with the plain optimizer, and become a number of steps: an epoch
-    has `train_size // batch size` of them. Evaluation and logging come once an epoch. SVAG stretches all by ℓ.
+    The epochs of the arguments are those of the run with the plain optimizer, and become a number of steps. Evaluation
+    and logging come once an epoch. SVAG stretches all by ℓ.
 
     Args:
         images: The recipe's arguments.
@@ -56,6 +59,7 @@ def plan_image_runs(
         common: Settings that all runs share: task, model, and identifiers of the images (`draw`, `test_data`).
         train_size: Number of training images.
         warmup_epochs: Of a linear warm-up.
+        whole_batches: Whether an epoch leaves out what does not fill a batch, or ends with a smaller one.
 
     Returns:
         A group of one run each, seeds outermost.
@@ -69,7 +73,7 @@ def plan_image_runs(
     cells = itertools.product(images.seeds, training.optim, images.global_batch_size, images.ells)
     groups = []
     for seed, optim, batch_size, ell in cells:
-        steps = _steps(images, training, batch_size, train_size, warmup_epochs)
+        steps = _steps(images, training, batch_size, train_size, warmup_epochs, whole_batches)
         for rate in grid.rates(optim, training.learning_rate):
             changes = {"learning_rate": rate, "seed": seed, **steps}
             groups.append(Group((_plan_cell(training, optim, ell, changes, common | {"seed": seed}),)))
@@ -77,18 +81,27 @@ def plan_image_runs(
 
 
 def _steps(
-    images: ImageArguments, training: RecipeTrainingArguments, batch_size: int, train_size: int, warmup_epochs: float
+    images: ImageArguments,
+    training: RecipeTrainingArguments,
+    batch_size: int,
+    train_size: int,
+    warmup_epochs: float,
+    whole_batches: bool,
 ) -> dict[str, Any]:
     if batch_size > train_size:
         raise UserError(f"--global_batch_size {batch_size} is more than the {train_size} training images.")
-    split, epoch = split_batch(batch_size, training.world_size, images.micro_batch), train_size // batch_size
-    asked = training.max_steps if training.max_steps > 0 else round(training.num_train_epochs * epoch)
+    split = split_batch(batch_size, training.world_size, images.micro_batch)
+    epoch = train_size // batch_size if whole_batches else math.ceil(train_size / batch_size)
+    steps = training.max_steps if training.max_steps > 0 else max(1, round(training.num_train_epochs * epoch))
+    warmup = round(warmup_epochs * epoch) or training.warmup_steps
+    if warmup >= steps:
+        raise UserError(f"The warm-up of {warmup:g} steps takes the whole training of {steps}. Shorten it.")
     return {
         "per_device_train_batch_size": split.per_device,
         "gradient_accumulation_steps": split.accumulation,
-        "max_steps": max(1, asked),
-        "warmup_steps": round(warmup_epochs * epoch) or training.warmup_steps,
-        **{f"{kind}_steps": min(epoch, max(1, asked)) for kind in ("eval", "logging")},
+        "max_steps": steps,
+        "warmup_steps": warmup,
+        **{f"{kind}_steps": min(epoch, steps) for kind in ("eval", "logging")},
     }
 
 
@@ -127,6 +140,29 @@ class ImageRuns:
     store: RunStore
     publisher: Publisher
     about: dict[str, Any]
+
+    def run(self, groups: Sequence[Group], output_dir: str, model_card: bool, console: Console) -> None:
+        """Train what is not finished, and show the results.
+
+        Args:
+            groups: Of one run each.
+            output_dir: The command's output folder, whose name the card has.
+            model_card: Whether to write the card.
+            console: Where to print; a quiet one in all processes but the first.
+        """
+        self.publisher.groups = list(groups)
+        with run_progress(console, disable=console.quiet) as progress:
+            overall = progress.add_task("runs", total=len(groups))
+            for group in groups:
+                if self.store.find(run_id=group.runs[0].run_id) is None:
+                    self.train(group.runs[0], progress)
+                progress.advance(overall)
+        print_summary(self.store.records, self.store.problems, console)
+        console.print(f"Results: {self.store.file}", highlight=False)
+        if model_card:
+            name = Path(output_dir).absolute().name
+            said = self.publisher.publish(name, self.build_trainer, None)
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
 
     def build_trainer(self, run: Run, progress: Progress) -> Trainer:
         """A stock Trainer with our optimizer splatted in.
@@ -180,11 +216,10 @@ class ImageRuns:
         if last.get("step") != result.global_step or "eval_accuracy" not in last:
             last = trainer.evaluate()
         history = trainer.state.log_history
-        seconds = {"train_seconds": result.metrics["train_runtime"], "eval_seconds": last["eval_runtime"]}
         loss = next((log["loss"] for log in reversed(history) if "loss" in log), result.training_loss)
         record = (
             self.record(run)
-            | seconds
+            | {"train_seconds": result.metrics["train_runtime"], "eval_seconds": last["eval_runtime"]}
             | {
                 "steps": result.global_step,
                 "train_loss": loss if math.isfinite(loss) else None,

@@ -19,7 +19,8 @@ _WITHOUT_EFFECT = (
     "log_level_replica", "log_on_each_node", "logging_dir", "logging_strategy", "logging_steps", "logging_first_step",
     "logging_nan_inf_filter", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy",
     "hub_revision", "hub_always_push", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout",
-    "save_total_limit", "save_only_model", "do_train", "do_eval", "do_predict", "per_device_eval_batch_size",
+    "save_total_limit", "save_only_model", "save_strategy", "save_steps", "do_train", "do_eval", "do_predict",
+    "per_device_eval_batch_size",
 )  # fmt: skip
 _OPTIMIZER = ("optim", "learning_rate", "effective_lr", "lr_form", "momentum", "momentum_schedule", "ell")
 
@@ -215,13 +216,14 @@ def chosen_arguments(arguments: MomentumTrainingArguments) -> dict[str, Any]:
     Returns:
         Name → value as JSON holds it.
     """
-    values, defaults = arguments.to_dict(), _default_arguments()
+    values, defaults = arguments.to_dict(), _default_arguments(arguments.use_cpu)
     return {n: v for n, v in values.items() if n not in _WITHOUT_EFFECT and v != defaults.get(n)}
 
 
 @functools.cache
-def _default_arguments() -> dict[str, Any]:
-    return MomentumTrainingArguments(learning_rate=0.0).to_dict()
+def _default_arguments(use_cpu: bool) -> dict[str, Any]:
+    # With another use_cpu than the command's, processes on a CPU would forget each other.
+    return MomentumTrainingArguments(learning_rate=0.0, use_cpu=use_cpu).to_dict()
 
 
 def optimizer_fields(arguments: MomentumTrainingArguments) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hf_momentum.training.callbacks.lr_milestones import LRMilestonesCallback
 
 for module in ("timm", "torchvision", "datasets"):
     pytest.importorskip(module, reason="needs the vision extra")
-from PIL import Image
+Image = pytest.importorskip("PIL.Image", reason="needs the vision extra")
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "imagenet_resnet.py"
 needs_deepspeed = pytest.mark.skipif(
@@ -93,8 +94,8 @@ def test_a_grid_and_its_resumption(recipe, command, tmp_path, capsys):
     assert [(r["optim"], r["batch_size"], r["steps"]) for r in found] == [
         ("sgd", 8, 3), ("sgd", 16, 3), ("sgdm", 8, 3), ("sgdm", 16, 3)
     ]  # fmt: skip
-    assert {r["effective_lr"] for r in found} == {pytest.approx(0.1)}
-    assert [r["learning_rate"] for r in found] == [pytest.approx(0.1)] * 2 + [0.01] * 2
+    assert [r["effective_lr"] for r in found] == pytest.approx([0.1] * 4)
+    assert [r["learning_rate"] for r in found] == pytest.approx([0.1, 0.1, 0.01, 0.01])
     assert {(r["task"], r["image_size"], r["model"]) for r in found} == {("tiny", 8, "cifar_resnet8 group norm")}
     assert {r["arguments"]["per_device_train_batch_size"] for r in found} == {4}
     assert [r["arguments"].get("gradient_accumulation_steps", 1) for r in found] == [2, 4, 2, 4]
@@ -134,7 +135,7 @@ def test_the_usual_protocol(recipe, command, tmp_path, monkeypatch):
 
 
 def test_killed_and_started_again_it_ends_in_the_same_state(recipe, command, tmp_path, monkeypatch):
-    """Killed in the second epoch, after a checkpoint in its midst: weights, momentum and learning rate are the same."""
+    """Killed in the second epoch, after a checkpoint: weights, momentum and learning rate are the same."""
     changes = {"max_steps": 16, "save_steps": 4, "warmup_steps": 6, "save_total_limit": 9}
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     monkeypatch.setattr(recipe.ImageRuns, "clean_up", lambda *_: None)  # keeps the last checkpoint
@@ -161,7 +162,6 @@ def test_killed_and_started_again_it_ends_in_the_same_state(recipe, command, tmp
 
     one, two = (next(root.glob("checkpoints/*/checkpoint-16")) for root in (whole, torn))
     assert one.parent.name == two.parent.name  # the same run
-    assert not (two.parent / "checkpoint-4" / "resumed").exists()
     weights, again = (load_file(checkpoint / "model.safetensors") for checkpoint in (one, two))
     assert weights.keys() == again.keys()
     for name in weights:
@@ -181,8 +181,6 @@ def test_killed_and_started_again_it_ends_in_the_same_state(recipe, command, tmp
 
 def keep_until(root: Path, step: int) -> None:
     """Remove what a run wrote after a checkpoint before it could be stopped."""
-    import shutil
-
     for checkpoint in root.glob("checkpoints/*/checkpoint-*"):
         if int(checkpoint.name.split("-")[1]) > step:
             shutil.rmtree(checkpoint)
@@ -252,7 +250,7 @@ def test_a_streamed_run_and_its_resumption(recipe, command, folder, tmp_path, mo
         ({"per_device_train_batch_size": 4}, "give --global_batch_size"),
         ({"resume_from_checkpoint": "x"}, "goes on by itself"),
         ({"auto_augment": "turn"}, "no augmentation policy 'turn'"),
-        ({"image_size": 0}, "must be at least 1 pixel"),
+        ({"image_size": 0}, "Invalid image_size: 0"),
         ({"global_batch_size": 64}, "is more than the 48 training images"),
         ({"streaming": "True"}, "streaming is for parquet files and the Hub"),
         ({"preset": "usual", "max_steps": None}, "needs a learning rate"),
@@ -267,7 +265,7 @@ def test_mistakes(recipe, command, changes, message):
 def test_a_corrupt_image_is_named(recipe, command, tmp_path):
     broken = write_images(tmp_path / "broken", 8)
     (broken / "train" / "class1" / "0003.png").write_bytes(b"\x89PNG")
-    with pytest.raises(UserError, match="class1/0003.png: the image is corrupt"):
+    with pytest.raises(UserError, match=r"class1/0003\.png: the image is corrupt"):
         recipe.main(command(data_dir=broken))
 
 
@@ -285,9 +283,9 @@ def test_the_grid_and_the_help(recipe, command, capsys):
 
 def launched(command, output: Path, launcher: list, **changes) -> dict:
     words = [*launcher, "--num_processes", 2, "--main_process_port", free_port(), RECIPE]
-    status, printed = accelerate(*words, *command(output_dir=output, **changes))
+    status, printed = accelerate(*words, *command(output_dir=output, **changes), timeout=500)
     assert status == 0, printed[-6000:]
-    return records(output)[0]
+    return records(output)
 
 
 LARGE = {"global_batch_size": 1024, "max_steps": 2, "save_strategy": "no", "learning_rate": 0.05}
@@ -299,28 +297,36 @@ def large(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("large") / "tiny", 1024)
 
 
+@pytest.mark.slow
 @needs_deepspeed
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_deepspeed_with_a_batch_of_1024_in_two_processes(recipe, command, large, tmp_path):
     """GroupNorm: the split does not matter. 1 process × 64 × 16 against 2 × 32 × 16."""
-    changes = LARGE | {"data_dir": large}
+    changes = LARGE | {"data_dir": large, "optim": "sgd sgdm"}
     recipe.main(command(output_dir=tmp_path / "one", **changes | {"micro_batch": 64}))
     launcher = ["--use_deepspeed", "--deepspeed_config_file", "recipes/deepspeed/zero2.json", "--num_machines", 1]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", 1]
-    two = launched(command, tmp_path / "two", launcher, **changes | {"micro_batch": 32})
-    one = records(tmp_path / "one")[0]
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert one["batch_size"] == two["batch_size"] == 1024
-    assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-4)
-    assert two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-4)
-    assert two["optimizer_state_bytes"] < 0.51 * one["optimizer_state_bytes"]  # ZeRO-2 shards it
+    found = launched(command, tmp_path / "two", launcher, **changes | {"micro_batch": 32})
+    for name, one, two in zip(("sgd", "sgdm"), records(tmp_path / "one"), found, strict=True):
+        assert one["optim"] == two["optim"] == name
+        assert (one["processes"], two["processes"]) == (1, 2)
+        assert one["batch_size"] == two["batch_size"] == 1024
+        assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-4)
+        assert two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-4)
+        assert two["optimizer_state_bytes"] <= 0.51 * one["optimizer_state_bytes"]  # ZeRO-2 shards it
 
 
 def test_batch_norm_depends_on_the_micro_batch(recipe, command, large, tmp_path):
     """So runs are compared at one micro-batch, and the split over processes then does not matter in training."""
     losses = {}
     for micro_batch in (32, 64):
-        changes = LARGE | {"data_dir": large, "norm": "batch", "max_steps": 1, "micro_batch": micro_batch}
+        changes = {
+            "data_dir": large,
+            "norm": "batch",
+            "global_batch_size": 64,
+            "max_steps": 1,
+            "micro_batch": micro_batch,
+        }
         recipe.main(command(output_dir=tmp_path / str(micro_batch), **changes))
         losses[micro_batch] = records(tmp_path / str(micro_batch))[0]["train_loss"]
     assert 1e-4 < abs(losses[32] - losses[64]) < 0.1
@@ -332,7 +338,7 @@ def test_batch_norm_in_two_processes_trains_as_in_one(recipe, command, large, tm
     """Of one micro-batch size: the same micro-batches are normalised, only the running averages see half of them."""
     changes = LARGE | {"data_dir": large, "norm": "batch", "micro_batch": 32}
     recipe.main(command(output_dir=tmp_path / "one", **changes))
-    two = launched(command, tmp_path / "two", ["--config_file", "recipes/accelerate/cpu.yaml"], **changes)
+    (two,) = launched(command, tmp_path / "two", ["--config_file", "recipes/accelerate/cpu.yaml"], **changes)
     one = records(tmp_path / "one")[0]
     assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-5)
     assert two["test_loss"] != pytest.approx(one["test_loss"], abs=1e-5)
@@ -343,7 +349,7 @@ def test_batch_norm_in_two_processes_trains_as_in_one(recipe, command, large, tm
 def test_streams_in_two_processes(recipe, command, folder, tmp_path):
     parquet = write_parquet(folder, tmp_path / "parquet")
     changes = {"data_dir": parquet, "streaming": "True", "train_size": 48, "max_steps": 8, "dataloader_num_workers": 2}
-    two = launched(command, tmp_path / "two", ["--config_file", "recipes/accelerate/cpu.yaml"], **changes)
+    (two,) = launched(command, tmp_path / "two", ["--config_file", "recipes/accelerate/cpu.yaml"], **changes)
     assert (two["steps"], two["processes"]) == (8, 2)
     assert math.isfinite(two["train_loss"])
 

@@ -412,6 +412,17 @@ def test_shrink_by_what_does_not_divide(factor):
 # The real images
 
 
+def test_a_part_is_the_subset_of_the_whole(tmp_path):
+    folder = write_splits(tmp_path)
+    whole = load_images("pets", data_dir=folder)
+    part = load_images("pets", data_dir=folder, train_size=2, test_size=2)
+    for split in ("train", "test"):
+        expected = subset(getattr(whole, split), 2, seed=0)
+        assert torch.equal(getattr(part, split).pixels, expected.pixels)
+        assert torch.equal(getattr(part, split).labels, expected.labels)
+    assert len(load_images("digits", train_size=100).train.labels) == 100
+
+
 @pytest.mark.data
 def test_cifar10_itself(data_dir):
     folder = data_dir.parent / "cifar10"

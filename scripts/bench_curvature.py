@@ -1,0 +1,150 @@
+"""Time λ_max of the demo model's loss to 1%: our Lanczos against power iteration and SciPy's eigsh, interleaved.
+
+python scripts/bench_curvature.py --batch 8 --rounds 3
+
+All three multiply with the same Hessian–vector product on one kept graph. Power iteration is PyHessian's algorithm
+(Yao et al., arXiv 1912.07145), written out here: it stops once two Rayleigh quotients differ by 0.1%. Its time and
+products are those at which it first came within 1% of the truth, which it cannot know; ours are those of our own stop.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+from hf_momentum.diagnostics.curvature import lanczos
+from hf_momentum.diagnostics.probe import Probe
+from hf_momentum.tasks.demo import demo_model_path, load_demo_task
+
+TOLERANCE = 0.01
+
+
+@dataclass
+class Outcome:
+    """One way's outcome: products and seconds to within 1%, and what it gave at its own stop."""
+
+    products: int
+    seconds: float
+    value: float
+    products_at_stop: int
+
+
+class Counter:
+    """A product that counts itself and remembers when each Rayleigh quotient was known."""
+
+    def __init__(self, multiply: Callable[[Tensor], Tensor]):
+        self.multiply, self.products = multiply, 0
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        self.products += 1
+        return self.multiply(vector)
+
+
+def ours(multiply: Callable, start: Tensor, truth: float) -> Outcome:
+    """Lanczos to its own stop."""
+    counter, begin = Counter(multiply), time.perf_counter()
+    values, *_ = lanczos(counter, lambda: start, len(start), 1, TOLERANCE)
+    return Outcome(counter.products, time.perf_counter() - begin, float(values[0]), counter.products)
+
+
+def power_iteration(
+    multiply: Callable, start: Tensor, truth: float, most: int = 100, tolerance: float = 1e-3
+) -> Outcome:
+    """PyHessian's power iteration; the first Rayleigh quotient within 1% of the truth counts."""
+    begin, reached, previous = time.perf_counter(), None, None
+    vector = start / start.norm()
+    for products in range(1, most + 1):
+        product = multiply(vector)
+        value = float(product @ vector)
+        vector = product / product.norm()
+        if reached is None and abs(value - truth) <= TOLERANCE * abs(truth):
+            reached = products, time.perf_counter() - begin
+        if previous is not None and abs(previous - value) / (abs(previous) + 1e-6) < tolerance:
+            break
+        previous = value
+    products_to_1, seconds = reached or (products, time.perf_counter() - begin)
+    return Outcome(products_to_1, seconds, value, products)
+
+
+def scipy_eigsh(multiply: Callable, start: Tensor, truth: float) -> Outcome:
+    """ARPACK's restarted Lanczos to its own stop."""
+    counter, begin = Counter(multiply), time.perf_counter()
+
+    def product(vector):
+        return counter(torch.from_numpy(vector).to(start).reshape(-1)).cpu().numpy()
+
+    operator = LinearOperator((len(start), len(start)), matvec=product, dtype="float32")
+    values = eigsh(operator, k=1, which="LA", tol=TOLERANCE, v0=start.cpu().numpy(), return_eigenvectors=False)
+    return Outcome(counter.products, time.perf_counter() - begin, float(values[0]), counter.products)
+
+
+WAYS = {"Lanczos, ours": ours, "power iteration": power_iteration, "SciPy eigsh": scipy_eigsh}
+
+
+def demo_probe(batch: int) -> tuple[Probe, dict]:
+    """The demo's encoder with a fresh classification head, and one batch of its movie sentences."""
+    torch.manual_seed(0)
+    logging.set_verbosity_error()
+    model = AutoModelForSequenceClassification.from_pretrained(demo_model_path(), num_labels=2).train()
+    task = load_demo_task("movie-snippets-2")
+    examples = task.train[:batch]
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    inputs = tokenizer(
+        [e["sentence1"] for e in examples], padding=True, truncation=True, max_length=64, return_tensors="pt"
+    )
+    labels = torch.tensor([task.labels.index(e["label"]) for e in examples])
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return Probe(model.to(device)), {**inputs, "labels": labels}
+
+
+def main() -> None:
+    """Run all ways in turn from the same starts and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    probe, batch = demo_probe(args.batch)
+    size = sum(p.numel() for p in probe.parameters)
+    generator = torch.Generator(probe.device).manual_seed(0)
+    starts = [torch.randn(size, generator=generator, device=probe.device) for _ in range(args.rounds)]
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in WAYS}
+    with probe.hessian(batch) as hessian:
+
+        def multiply(flat: Tensor) -> Tensor:
+            return probe.flatten(hessian(probe.unflatten(flat)))
+
+        truth = float(lanczos(multiply, lambda: starts[0], size, 1, 1e-6)[0][0])
+        for start in track(starts, "rounds"):
+            for name, way in WAYS.items():
+                outcomes[name].append(way(multiply, start.clone(), truth))
+    table = Table(
+        title=f"{size / 1e6:.1f} M parameters, batch {args.batch} × {batch['input_ids'].shape[1]} tokens on "
+        f"{probe.device}, {torch.get_num_threads()} threads, λ_max = {truth:.4g}"
+    )
+    for column in ("way", "products to 1%", "seconds", "products at own stop", "largest error there", "× ours"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    seconds = {name: statistics.median(o.seconds for o in found) for name, found in outcomes.items()}
+    for name, found in outcomes.items():
+        table.add_row(
+            name,
+            f"{statistics.median(o.products for o in found):g}",
+            f"{seconds[name]:.1f}",
+            f"{statistics.median(o.products_at_stop for o in found):g}",
+            f"{max(abs(o.value / truth - 1) for o in found):.2%}",
+            f"{seconds[name] / seconds['Lanczos, ours']:.2f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
