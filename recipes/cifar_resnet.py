@@ -53,10 +53,10 @@ DEFAULTS = {
 }
 PAPER = {"model": "cifar_resnet32", "norm": "batch", "learning_rate": 0.2, "global_batch_size": [512]}
 PAPER |= {"num_train_epochs": 160.0}
-CPU = {"model": "cifar_resnet8", "norm": "batch", "learning_rate": 1.0, "global_batch_size": [512]}
-CPU |= {"num_train_epochs": 10.0, "train_images": 4096, "test_images": 2000, "shrink": 2}
+CPU = {"model": "cifar_resnet8", "norm": "batch", "learning_rate": 3.0, "global_batch_size": [512]}
+CPU |= {"num_train_epochs": 8.0, "train_images": 4096, "test_images": 2000, "shrink": 2, "augment": False}
 DEMO = CPU | {"data": "digits", "train_images": None, "test_images": None, "shrink": 1, "global_batch_size": [128]}
-DEMO |= {"num_train_epochs": 5.0, "augment": False}
+DEMO |= {"num_train_epochs": 5.0, "learning_rate": 1.0}
 PRESETS = {"paper": PAPER, "cpu": CPU, "demo": DEMO}
 
 

@@ -175,10 +175,10 @@ def _check_interval(name: str, estimate: Estimated, finite: bool = True) -> None
     ends = (estimate.low, estimate.value, estimate.high)
     if any(map(math.isnan, ends)) or not ends[0] <= ends[1] <= ends[2]:
         raise UserError(
-            f"Invalid {name}: {ends[1]} in [{ends[0]}, {ends[2]}]. An estimate must lie in its interval, and none be NaN."
+            f"Invalid {name}: {ends[1]} in [{ends[0]}, {ends[2]}]. It must lie in its interval, and be no NaN."
         )
     if finite and not all(map(math.isfinite, ends)):
         raise UserError(
-            f"Invalid {name}: {ends[1]} in [{ends[0]}, {ends[2]}]. It must be finite; measure more micro-batches, or at "
-            "a point where the loss is finite."
+            f"Invalid {name}: {ends[1]} in [{ends[0]}, {ends[2]}]. It must be finite; measure more micro-batches, "
+            "or at a point where the loss is finite."
         )

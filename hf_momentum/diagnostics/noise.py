@@ -69,7 +69,7 @@ def noise_from_products(
         gradient = Jackknifed(mean, mean + shrink * (left_out - mean))
         trace = trace.scaled((population - 1) / population)
     ratio = fieller(trace, gradient, nonnegative=True)
-    return GradientNoise(gradient.estimate(), trace.estimate(positive=True), ratio, batch_size)
+    return GradientNoise(gradient.estimate(), trace.estimate(nonnegative=True), ratio, batch_size)
 
 
 def measure_noise(

@@ -175,11 +175,9 @@ def _range_of_losses(modes: Modes, loss: Array, lr: Array, pieces: Sequence[Piec
 
 
 def _second_moments(modes: Modes, distance: Array, lr: Array, momentum: float, pieces: Sequence[Piece]) -> Array:
-    """E x² after the pieces, from x₀² = distance and m = 0; infinite where it overflows.
-
-    The noise was measured where the run stands and holds `v x₀²` already, which is taken off to give s².
-    """
+    """E x² after the pieces, from x₀² = distance and m = 0; infinite where it overflows."""
     curvature, variance = modes.curvature, modes.curvature_variance
+    # The noise was measured where the run stands and holds v x₀² already, which is taken off to give s².
     additive = np.maximum(modes.noise - variance * distance, 0)
     shape = np.broadcast_shapes(*(np.shape(each) for each in (curvature, variance, distance, additive, lr)))
     state = np.zeros((3, *shape))

@@ -7,6 +7,7 @@ Eq. 3 on a quadratic.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,22 +87,19 @@ class RegimeReport:
     @property
     def sentences(self) -> tuple[str, ...]:
         """The verdict for people, then its reasons, and what would decide an open one."""
-        first = {NOISE: _noise_sentence, CURVATURE: _curvature_sentence, UNDECIDED: _undecided_sentence}[self.verdict]
-        found = [first(self), *_reasons(self)]
+        found = [_headline(self), *_reasons(self)]
         if self.verdict == UNDECIDED:
             found += _deciders(self)
         if self.setting.lr >= self.sgdm_limit.value:
             found.append(
-                f"At this learning rate SGDM is not stable either: its own limit is {self.sgdm_limit.value:.3g}. Lower "
-                "the learning rate first."
+                f"At this learning rate SGDM is not stable either: its own limit is {self.sgdm_limit.value:.3g}. "
+                "Lower the learning rate first."
             )
         return tuple(found)
 
 
 def decide(limit_fraction: Interval, score: Interval, effect_floor: float = EFFECT_FLOOR) -> str:
-    """Decide whether momentum matters. The rule:
-
-    Momentum matters where, and only where, both hold:
+    """Decide whether momentum matters, which it does where, and only where, both conditions hold.
 
     1. η is above half of SGD's limit of stability `min_i 2λ_i/(v_i + λ_i²)`. Over O(1/η) steps SGD and SGDM stay
        within `O(√(η/(1−β)))` (Wang et al. 2024, its main theorem), and the closer η is to the limit the less that
@@ -183,6 +181,22 @@ def assess(
     )
 
 
+def predicted_ratios(measured: Measurements, setting: Setting, lrs: Sequence[float]) -> list[float]:
+    """Predict `E L_SGD / E L_SGDM` after the remaining steps at other learning rates.
+
+    Args:
+        measured: What was measured.
+        setting: The run; its learning rate does not enter.
+        lrs: The learning rates η.
+
+    Returns:
+        One ratio for each.
+    """
+    point = measured.draw(setting.batch_size, 0, np.random.default_rng())
+    ratios = np.exp(log_loss_ratio(point, measured.loss, np.asarray(lrs, float), setting.momentum, setting.pieces))
+    return ratios.tolist()
+
+
 def _scaled(estimate: Estimated, factor: float) -> Interval:
     return Interval(estimate.value * factor, estimate.low * factor, estimate.high * factor)
 
@@ -232,42 +246,32 @@ def _matching_batch(modes: Modes, loss: float, setting: Setting, floor: float) -
     return int(batches[matches].max()) if matches.any() else None
 
 
-def _noise_sentence(report: RegimeReport) -> str:
-    return f"Noise dominates, momentum is of marginal value here{_saving(report)}."
-
-
-def _curvature_sentence(report: RegimeReport) -> str:
+def _headline(report: RegimeReport) -> str:
+    size = report.setting.momentum_bytes
+    saving = f", dropping it saves {size / 2**30:.3g} GiB" if size else ""
+    if report.verdict == NOISE:
+        return f"Noise dominates, momentum is of marginal value here{saving}."
+    if report.verdict == UNDECIDED:
+        return "Undecided at this sample size."
     if report.log_ratio.value < 0:
-        return (
-            f"Curvature dominates, but SGD is predicted to end lower than SGDM: drop momentum{_saving(report)}, or "
-            f"lower the learning rate below {report.matching_lr:.3g}, where both match."
-        )
+        return f"Curvature dominates, but SGD is predicted to end lower than SGDM: momentum does not pay here{saving}."
     batch = "" if report.matching_batch is None else f" or at batch size {report.matching_batch:,}"
     match = f"SGD would match below learning rate {report.matching_lr:.3g}{batch}"
     return f"Curvature dominates, momentum buys stability; {match}."
-
-
-def _undecided_sentence(report: RegimeReport) -> str:
-    return "Undecided at this sample size."
-
-
-def _saving(report: RegimeReport) -> str:
-    size = report.setting.momentum_bytes
-    return f", dropping it saves {size / 2**30:.3g} GiB" if size else ""
 
 
 def _reasons(report: RegimeReport) -> list[str]:
     fraction, setting = report.limit_fraction, report.setting
     found = [
         f"The learning rate {setting.lr:.3g} is {_percent(fraction)} of the limit up to which SGD is stable at batch "
-        f"size {setting.batch_size:,}; momentum matters above {LIMIT_FRACTION:.0%}.",
+        f"size {setting.batch_size:,}; momentum can matter above {LIMIT_FRACTION:.0%} alone.",
         f"After {setting.steps:,} more steps the loss of SGD is predicted to be {_times(report.log_ratio)} times that "
         f"of SGDM; a factor of {math.exp(report.effect_floor):.3g} counts as a difference.",
     ]
     if report.verdict == NOISE and report.noise_ratio.high < 1:
         found.append(
-            f"In a single step the curvature-induced term is the larger one (B_noise/B = {report.noise_ratio.value:.2g}"
-            "), but it is too small here for momentum to pay."
+            f"In a single step the curvature-induced term is the larger one (B_noise/B = "
+            f"{report.noise_ratio.value:.2g}), but it is too small here for momentum to pay."
         )
     return found
 
@@ -284,8 +288,8 @@ def _deciders(report: RegimeReport) -> list[str]:
             gap = abs(interval.value - threshold)
             width = interval.value - interval.low if interval.value > threshold else interval.high - interval.value
             times = math.ceil((width / gap) ** 2) if gap > 0 and width < gap * math.sqrt(_MOST_TIMES) else math.inf
-            way = f"about {times} times as many micro-batches" if times < math.inf else "no practical number of them"
-            found.append(f"{question} is open: {way} would decide it.")
+            number = f"about {times} times as many" if times < math.inf else "no practical number of"
+            found.append(f"{question} is open: {number} micro-batches would decide it.")
     bound = report.matching_lr
     if bound < report.setting.lr:
         found.append(f"Below learning rate {bound:.3g} SGD would match, by these estimates.")

@@ -86,6 +86,34 @@ def _run(
             yield Iterate(k + 1, x, m)
 
 
+def last_iterate(
+    oracle: Oracle,
+    x0: Tensor,
+    lr: Schedule,
+    momentum: Schedule = 0.0,
+    *,
+    steps: int,
+    generator: Generator | None = None,
+    m0: Tensor | None = None,
+) -> Iterate:
+    """Run as `iterates` does, and give the state after the last step alone.
+
+    Args:
+        oracle: Source of the noisy gradients.
+        x0: Start points, `(paths, dim)`.
+        lr: Effective learning rates η_k.
+        momentum: Momenta β_k.
+        steps: Number of steps.
+        generator: Source of randomness.
+        m0: Start momenta, `(paths, dim)`; None is 0.
+
+    Returns:
+        The state.
+    """
+    *_, last = iterates(oracle, x0, lr, momentum, steps=steps, generator=generator, every=max(1, steps), m0=m0)
+    return last
+
+
 def block_size(x: Tensor) -> int:
     """Choose how many paths to step at once: on the CPU as many as stay in its cache, elsewhere all.
 

@@ -207,14 +207,30 @@ def joint_moments(
     Returns:
         The stream of moments, `(3·dim,)` and `(3·dim, 3·dim)`.
     """
-    at, d = list(at), model.dim
-    noise, zero = model.additive_noise(), np.zeros((model.dim, 2 * model.dim))
+    at = list(at)
     rates = Rates(lr, momentum, max(at, default=0))
-    averaged = rates.averaged()
+    return coupled_moments(model, x0, rates.averaged(), rates, at=at)
+
+
+def coupled_moments(
+    model: LinearModel, x0: ArrayLike, sgd: Rates, sgdm: Rates, *, at: Iterable[int]
+) -> Iterator[Moments]:
+    """Give what `joint_moments` does, for SGD at learning rates of its own.
+
+    Args:
+        model: The quadratic, with additive noise.
+        x0: Common start point, `(dim,)` or a number.
+        sgd: Rates of SGD; the learning rates alone are read.
+        sgdm: Rates of SGDM.
+        at: Rising numbers of steps after which to give the moments.
+
+    Returns:
+        The stream of moments.
+    """
+    d, noise, zero = model.dim, model.additive_noise(), np.zeros((model.dim, 2 * model.dim))
 
     def transition(k: int, mean: Array, covariance: Array) -> tuple[Array, Array]:
-        step, kick = sgdm_map(model, *rates[k])
-        lr = averaged[k][0]
+        (lr, _), (step, kick) = sgd[k], sgdm_map(model, *sgdm[k])
         step = np.block([[np.eye(d) - lr * model.hessian, zero], [zero.T, step]])
         kick = np.concatenate([-lr * np.eye(d), kick])
         return step, kick @ noise @ kick.T
@@ -222,7 +238,7 @@ def joint_moments(
     x0 = np.broadcast_to(np.asarray(x0, float), (d,))
     centre = np.concatenate([model.minimiser, model.minimiser, np.zeros(d)])
     mean = np.concatenate([x0, x0, np.zeros(d)])
-    return evolve(mean, np.zeros((3 * d, 3 * d)), centre, at, transition, rates.constant)
+    return evolve(mean, np.zeros((3 * d, 3 * d)), centre, at, transition, sgd.constant and sgdm.constant)
 
 
 def rms_distance(joint: Moments) -> float:
@@ -235,7 +251,7 @@ def rms_distance(joint: Moments) -> float:
         `√E|x_SGD − x_SGDM|²`.
     """
     d = len(joint.mean) // 3
-    difference = np.hstack([np.eye(d), -np.eye(d), np.zeros((d, d))])
+    difference = np.eye(d, 3 * d) - np.eye(d, 3 * d, d)
     variance = np.trace(difference @ joint.covariance @ difference.T)
     return float(np.sqrt(max(variance, 0.0) + np.sum((difference @ joint.mean) ** 2)))
 
@@ -252,13 +268,9 @@ def sgdm_map(model: LinearModel, lr: float, momentum: float) -> tuple[Array, Arr
         A, `(2·dim, 2·dim)`, and B, `(2·dim, dim)`.
     """
     eye, weight = np.eye(model.dim), 1 - momentum
-    step = np.block(
-        [
-            [eye - lr * weight * model.hessian, -lr * momentum * eye],
-            [weight * model.hessian, momentum * eye],
-        ]
-    )
-    return step, np.concatenate([-lr * weight * eye, weight * eye])
+    position = [eye - lr * weight * model.hessian, -lr * momentum * eye]
+    buffer = [weight * model.hessian, momentum * eye]
+    return np.block([position, buffer]), np.concatenate([-lr * weight * eye, weight * eye])
 
 
 def evolve(

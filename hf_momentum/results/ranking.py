@@ -1,4 +1,4 @@
-"""How well a score ranks cells by a yes-or-no outcome: the area under the ROC curve, and which of two scores is better."""
+"""How well a score ranks cells by a yes-or-no outcome: the area under the ROC curve, and which score is better."""
 
 import math
 from collections.abc import Sequence

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from scipy import stats
 from tiny_models import tiny_classifier
 from torch import Tensor, nn
 
+from hf_momentum.diagnostics.estimates import Estimate
 from hf_momentum.diagnostics.probe import Probe
 
 
@@ -143,7 +146,7 @@ def probes() -> dict[str, tuple[Probe, object]]:
 
 
 def dense_hessian(probe: Probe, batch: object) -> Tensor:
-    """The Hessian as a matrix `(n, n)`, by central differences of exact gradients, or exactly by `torch.func`."""
+    """The Hessian as a matrix `(n, n)`, by torch's own function on the model as a function of its weights."""
     from hf_momentum.diagnostics.probe import measuring
 
     names = {id(parameter): name for name, parameter in probe.model.named_parameters()}
@@ -168,3 +171,12 @@ class _Loss(nn.Module):
 
 def dense_vector(vector: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in vector])
+
+
+def check_coverage(found: Sequence[Estimate], truth: float, unbiased: bool = True) -> None:
+    """A rate of 93–97% must be able to give this number of intervals around the truth; the mean must be the truth."""
+    count, covered = len(found), sum(estimate.low <= truth <= estimate.high for estimate in found)
+    assert stats.binom.ppf(0.001, count, 0.93) <= covered <= stats.binom.ppf(0.999, count, 0.97), covered
+    values = [estimate.value for estimate in found]
+    if unbiased:
+        assert abs(np.mean(values) - truth) < 4 * stats.sem(values), (np.mean(values), truth)

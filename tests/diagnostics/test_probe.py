@@ -201,7 +201,7 @@ class _Once(torch.autograd.Function):
 def test_an_operation_without_second_derivative_is_named():
     probe = Probe(nn.Linear(3, 1).double(), lambda model, batch: _Once.apply(model(batch[0])).square().mean())
     probe.gradient(rows(1))
-    with pytest.raises(UserError, match="no second derivative.*once_differentiable"):
+    with pytest.raises(UserError, match="no second derivative"):
         probe.hvp(rows(1), [random_vector(probe, 0)])
 
 

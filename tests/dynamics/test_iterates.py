@@ -9,7 +9,7 @@ import torch
 
 from hf_momentum import SGDM
 from hf_momentum.dynamics import iterates as iterates_module
-from hf_momentum.dynamics.iterates import Rates, iterates
+from hf_momentum.dynamics.iterates import Rates, iterates, last_iterate
 from hf_momentum.dynamics.oracle import MinibatchOracle, NoisyGradientOracle
 from hf_momentum.dynamics.overparametrised import TwoLayerNet
 from hf_momentum.dynamics.problems import LinearRegression, Quadratic
@@ -170,3 +170,13 @@ def test_bad_values_of_functions_are_refused_when_they_come():
     next(stream), next(stream)
     with pytest.raises(UserError, match="Invalid momentum value"):
         next(stream)
+
+
+def test_the_last_iterate_is_that_of_the_stream():
+    options = {"steps": 7, "m0": normal(5, 3, seed=2)}
+    *_, streamed = iterates(ORACLES["quadratic"], normal(5, 3), 0.1, 0.9, generator=generator(4), **options)
+    last = last_iterate(ORACLES["quadratic"], normal(5, 3), 0.1, 0.9, generator=generator(4), **options)
+    assert last.step == streamed.step == 7
+    assert torch.equal(last.x, streamed.x)
+    assert torch.equal(last.m, streamed.m)
+    assert torch.equal(last_iterate(ORACLES["quadratic"], normal(5, 3), 0.1, steps=0).x, normal(5, 3))

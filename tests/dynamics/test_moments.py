@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_momentum.dynamics.iterates import iterates
+from hf_momentum.dynamics.iterates import Rates, iterates
 from hf_momentum.dynamics.moments import (
     LinearModel,
+    coupled_moments,
     joint_moments,
     rms_distance,
     sgdm_map,
@@ -81,6 +82,21 @@ def test_joint_moments_hold_both_processes(lr, momentum):
     averaged = lr if momentum == 0.9 else averaged_lr(lr, momentum)
     (sgd,) = sgdm_moments(MODEL, [2.0, -1.0], averaged, at=[5])
     np.testing.assert_allclose(joint.covariance[:2, :2], sgd.covariance[:2, :2], atol=1e-14)
+
+
+def test_coupled_moments_take_any_two_rates():
+    sgd_lrs = [0.3, 0.1, 0.0, 0.2, 0.4]
+    (coupled,) = coupled_moments(MODEL, [2.0, -1.0], Rates(sgd_lrs, 0.0, 5), Rates(LRS, MOMENTA, 5), at=[5])
+    (sgd,) = sgdm_moments(MODEL, [2.0, -1.0], sgd_lrs, at=[5])
+    (sgdm,) = sgdm_moments(MODEL, [2.0, -1.0], LRS, MOMENTA, at=[5])
+    np.testing.assert_allclose(coupled.mean, [*sgd.mean[:2], *sgdm.mean], atol=1e-14)
+    np.testing.assert_allclose(coupled.covariance[:2, :2], sgd.covariance[:2, :2], atol=1e-14)
+    np.testing.assert_allclose(coupled.covariance[2:, 2:], sgdm.covariance, atol=1e-14)
+    (same,) = coupled_moments(MODEL, [2.0, -1.0], Rates(LRS, 0.0, 5), Rates(LRS, 0.0, 5), at=[5])
+    assert rms_distance(same) < 1e-7  # one noise, one path
+    (apart,) = coupled_moments(MODEL, 0.0, Rates(0.1, 0.0, 1), Rates(0.3, 0.5, 1), at=[1])
+    noise = 0.1 - 0.15  # x = −0.1 v and −0.3 · ½ v
+    assert rms_distance(apart) == pytest.approx(abs(noise) * np.sqrt(np.trace(MODEL.additive)))
 
 
 def test_rms_distance_of_simulated_pairs():

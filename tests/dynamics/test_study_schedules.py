@@ -2,10 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
 
-from hf_momentum.dynamics.iterates import Rates
-from hf_momentum.dynamics.moments import LinearModel, joint_moments
 from hf_momentum.dynamics.studies import schedules as study
 from hf_momentum.optim.schedules import reference_averaged_lr
 
@@ -54,20 +51,6 @@ def test_without_curvature_the_average_ends_where_sgdm_does(schedule):
     assert row["path η"] > 0.1
 
 
-def test_coupled_moments_are_joint_moments_at_the_average():
-    model, lrs = LinearModel.quadratic(1.0), study.learning_rates("step", 0.1, 4.0, BETA)
-    sgd, sgdm = Rates(lrs["η̄"], 0.0, 40), Rates(lrs["η"], BETA, 40)
-    at = [1, 20, 40]
-    pairs = zip(
-        study.coupled_moments(model, 2.0, sgd, sgdm, at=at),
-        joint_moments(model, 2.0, lrs["η"], BETA, at=at),
-        strict=True,
-    )
-    for mine, room in pairs:
-        np.testing.assert_allclose(mine.mean, room.mean, atol=1e-14)
-        np.testing.assert_allclose(mine.covariance, room.covariance, atol=1e-14)
-
-
 def test_orders_and_the_decay():
     rows = study.rows("quadratic", "step", BETA, 2.0, over="η", points=[[lr, 1.0] for lr in (0.002, 0.005, 0.01)])
     orders = {row["distance"]: row["order"] for row in rows if row["over"] == "order"}
@@ -87,13 +70,6 @@ def test_the_net_is_coupled_and_repeats():
     assert all(row["low"] < row["measured"] < row["high"] for row in rows)
     same = study.rows("net", "linear", 0.0, **options)
     assert all(row["path"] == 0 and row["measured"] == pytest.approx(0, abs=1e-9) for row in same)
-
-
-def test_relative_difference():
-    sgd = torch.tensor([1.0, 3.0, 2.0]).double()
-    row = study._relative_difference(sgd, 1.5 * sgd)
-    assert row["measured"] == pytest.approx(50)
-    assert row["high"] - row["low"] == pytest.approx(0, abs=1e-9)
 
 
 def test_cells():

@@ -38,14 +38,15 @@ def test_predicted_loss_by_the_moments_around_the_minimiser(name, momentum):
     assert case.predicted_loss(1.2, momentum) == pytest.approx(np.trace(hessian.numpy() @ second) / 2, rel=1e-3)
 
 
-def test_the_net_keeps_its_place_below_two_and_leaves_above():
+def test_the_factorisation_keeps_its_place_below_two_and_leaves_above():
     case = threshold.Case(threshold.PROBLEMS["factorisation"](), steps=150, paths=20, seed=0)
     for h, momentum, lost in ((1.7, 0.0, False), (2.4, 0.0, True), (2.4, 0.9, False), (30.0, 0.9, False)):
         assert case.lost(case.run(h, momentum), h) is lost
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_second_moment_limit_in_one_dimension(momentum):
+def test_second_moment_limit_in_one_dimension(momentum, monkeypatch):
+    monkeypatch.setattr(threshold, "POPULATION", 2000)
     features = torch.linspace(0.5, 2, 8).double()[:, None]
     oracle = MinibatchOracle(LinearRegression(features, torch.zeros(8).double()), 2)
     squares = features[:, 0].square()
@@ -56,7 +57,8 @@ def test_second_moment_limit_in_one_dimension(momentum):
     assert np.mean(measured) == pytest.approx(limit, rel=0.05)
 
 
-def test_every_cell_of_a_plan_can_be_computed():
+def test_every_cell_of_a_plan_can_be_computed(monkeypatch):
+    monkeypatch.setattr(threshold, "POPULATION", 100)
     few = {"problems": ["full Hessian", "factorisation"], "momenta": [0.5], "nonlinear_momenta": [0.2], "steps": 5}
     few |= {"per_octave": 1, "paths": 4, "nonlinear_steps": 2, "nonlinear_paths": 3, "batch_sizes": [8]}
     cells = plan("threshold", few | {"populations": 2})

@@ -4,7 +4,8 @@ A study is a module with two functions. `cells(**parameters)` splits its paramet
 gives, into cells: dicts of JSON values that are computed one by one, in any order and any process. `rows(**cell)`
 computes one cell and returns its rows, flat dicts of JSON values. Where a row compares, it holds what was `measured`,
 the interval `low` to `high` of it, and what is `predicted`; an exact value has no interval. Random numbers come from
-the cell's `seed` alone.
+the cell's `seed` alone. Formulas without a source are derived here: the tests hold them to simulations or to exact
+recursions.
 """
 
 import inspect

@@ -16,12 +16,14 @@ time is broken, in the regime `σ = η^{−1/2}` where noise stays visible in th
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from hf_momentum.dynamics.estimates import mean_estimate
 from hf_momentum.dynamics.iterates import iterates
 from hf_momentum.dynamics.moments import LinearModel, sgdm_moments
 from hf_momentum.dynamics.oracle import NoisyGradientOracle
@@ -120,7 +122,8 @@ def rows(part: str, line: str, **options: Any) -> list[Row]:
         Rows over `lr` with the `quantity` of that name, and one row "summary".
     """
     label = {"quantity": part, "line": line}
-    found = [label | row for row in _PARTS[part](line, **options)]
+    make = {BIG: partial(_big, line), ALPHA: _alpha, SHARED: partial(_noises, line), ESCAPE: _escape}[part]
+    found = [label | row for row in make(**options)]
     return found if part == ESCAPE else [*found, _summary(found)]
 
 
@@ -144,7 +147,7 @@ def _big(line: str, momentum: float, lrs: list[float]) -> list[Row]:
     return [row(lr) for lr in sorted(lrs)]
 
 
-def _alpha(line: str, alpha: float, lrs: list[float]) -> list[Row]:
+def _alpha(alpha: float, lrs: list[float]) -> list[Row]:
     def row(lr: float) -> Row:
         model, at = LinearModel.quadratic(1.0, 0.0), step_grid(math.ceil(TIME / lr), _POINTS)
         weight = 0.1 * (lr / _FIRST) ** alpha
@@ -198,14 +201,13 @@ def _noises(line: str, momentum: float, lrs: list[float], paths: int, seed: int)
             return {"lr": lr, "measured": error.maximum, "low": low, "high": high}
         *_, last = runs[0]
         (law,) = sme_moments(LinearModel.quadratic(1.0, scale=lr**-0.5), 0.0, lr, at=[steps])
-        values = power(degree)(last.x)
-        size, half = abs(float(values.mean()) - power(degree).mean(law)), 1.96 * float(values.std()) / math.sqrt(paths)
-        return {"lr": lr, "measured": size, "low": max(size - half, 0.0), "high": size + half}
+        size = mean_estimate(power(degree)(last.x) - power(degree).mean(law)).size()
+        return {"lr": lr} | size._asdict()
 
     return [row(lr) for lr in sorted(lrs)]
 
 
-def _escape(line: str, lr: float, momentum: float, paths: int, seed: int) -> list[Row]:
+def _escape(lr: float, momentum: float, paths: int, seed: int) -> list[Row]:
     # From x = −1 to x = ½ in the double well ¼(x²−1)², with noise of variance 1.
     oracle = NoisyGradientOracle(DoubleWell())
     times = [escape_times(oracle, lr, beta, paths, seed + i) for i, beta in enumerate((0.0, momentum))]
@@ -238,6 +240,3 @@ def escape_times(oracle: NoisyGradientOracle, lr: float, momentum: float, paths:
         if state.step % 100 == 0 and bool((times > 0).all()):
             break
     return times
-
-
-_PARTS = {BIG: _big, ALPHA: _alpha, SHARED: _noises, ESCAPE: _escape}

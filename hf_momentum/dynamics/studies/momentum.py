@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from hf_momentum.dynamics.iterates import Rates, iterates
-from hf_momentum.dynamics.moments import LinearModel, Moments, rms_distance
+from hf_momentum.dynamics.iterates import Rates, last_iterate
+from hf_momentum.dynamics.moments import LinearModel, Moments, coupled_moments, rms_distance
 from hf_momentum.dynamics.oracle import NoisyGradientOracle
 from hf_momentum.dynamics.problems import Quadratic
 from hf_momentum.dynamics.stability import stationary_variance
 from hf_momentum.dynamics.studies import Row
-from hf_momentum.dynamics.studies.schedules import SCHEDULES, START, coupled_moments
+from hf_momentum.dynamics.studies.schedules import SCHEDULES, START
 from hf_momentum.dynamics.weak_error import step_grid
 from hf_momentum.optim import averaged_lr, momentum_schedule
 
@@ -178,7 +178,7 @@ def ratio_rows(momentum: float, lrs: Sequence[float], paths: int, seed: int) -> 
             generator = torch.Generator().manual_seed(seed + number)
             start = torch.zeros(paths, 1, dtype=torch.float64)
             steps = math.ceil(6 * slowest)  # the start weighs e⁻¹² at most
-            *_, last = iterates(oracle, start, lr, beta, steps=steps, generator=generator, every=steps)
+            last = last_iterate(oracle, start, lr, beta, steps=steps, generator=generator)
             variances.append(float(last.x.square().mean()))
         ratio = variances[0] / variances[1]
         factor = math.exp(1.96 * 2 / math.sqrt(paths))  # log of a normal sample's variance has the error √(2/n)

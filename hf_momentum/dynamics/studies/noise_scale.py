@@ -6,7 +6,6 @@ have the same mean losses, exactly; label noise has Σ(x*) everywhere. In one st
 `½ η² σ² tr(HΣ)` exceeds the curvature term `½ η² ∇LᵀH∇L` where the batch is below `B_noise = tr(HΣ) / (∇LᵀH∇L)`.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_momentum.dynamics.iterates import iterates
+from hf_momentum.dynamics.estimates import mean_estimate, relative_difference
+from hf_momentum.dynamics.iterates import last_iterate
 from hf_momentum.dynamics.moments import LinearModel, Moments, joint_moments, rms_distance, sgdm_moments
 from hf_momentum.dynamics.oracle import LabelNoiseOracle, MinibatchOracle, NoisyGradientOracle, Oracle
 from hf_momentum.dynamics.problems import LinearRegression, Quadratic
@@ -117,10 +117,7 @@ def split_rows(lr: float, momentum: float, time: float, scale: float, paths: int
     worst = int(np.argmax(distances)) + 1
     oracle, start = NoisyGradientOracle(Quadratic([1.0]), scale=scale), torch.ones(paths, 1, dtype=torch.float64)
     sgd, sgdm = (_last(oracle, start, lr, beta, worst, seed) for beta in (0.0, momentum))
-    squares = (sgd - sgdm).square()
-    value, error = float(squares.mean()), float(squares.std()) / math.sqrt(paths)
-    low, high = (math.sqrt(max(value + sign * 1.96 * error, 0.0)) for sign in (-1, 1))
-    found[-1] |= {"measured": math.sqrt(value), "low": low, "high": high}
+    found[-1] |= mean_estimate((sgd - sgdm)[:, 0].square()).root()._asdict()
     return found
 
 
@@ -188,8 +185,8 @@ def law_rows(law: str, batch_size: int, lr: float, momentum: float, time: float,
     model = LinearModel.of(law_oracle(problem, "Gaussian, Σ(x*)" if constant else "mini-batch", batch_size))
     exact = [_excess(model, at) for beta in (0.0, momentum) for at in sgdm_moments(model, START, lr, beta, at=[steps])]
     row = {"law": law, "batch size": batch_size, "predicted": 100 * (exact[1] / exact[0] - 1)}
-    squares = {f"squared {key}": value for key, value in _relative(sgd.square(), sgdm.square()).items()}
-    return [row | _relative(sgd, sgdm) | squares]
+    squares = relative_difference(sgdm.square(), sgd.square())._asdict()
+    return [row | relative_difference(sgdm, sgd)._asdict() | {f"squared {key}": v for key, v in squares.items()}]
 
 
 def terms_rows(batch_sizes: Sequence[int], times: Sequence[float], lr: float, momentum: float, seed: int) -> list[Row]:
@@ -271,12 +268,4 @@ def _excess(model: LinearModel, at: Moments) -> float:
 
 
 def _last(oracle: Oracle, start: Tensor, lr: float, momentum: float, steps: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    *_, last = iterates(oracle, start, lr, momentum, steps=steps, generator=generator, every=steps)
-    return last.x
-
-
-def _relative(sgd: Tensor, sgdm: Tensor) -> dict[str, float]:
-    ratio = float(sgdm.mean() / sgd.mean())
-    half = 1.96 * float((sgdm - ratio * sgd).std() / sgd.mean()) / math.sqrt(len(sgd))  # delta method, on pairs
-    return {"measured": 100 * (ratio - 1), "low": 100 * (ratio - 1 - half), "high": 100 * (ratio - 1 + half)}
+    return last_iterate(oracle, start, lr, momentum, steps=steps, generator=torch.Generator().manual_seed(seed)).x

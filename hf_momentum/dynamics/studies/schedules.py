@@ -1,20 +1,21 @@
 """Learning-rate schedules: SGDM against SGD at the same η_k, and against SGD at the averaged η̄_k.
 
-`z_k = x_k − c_k m_k`, with `c_k = η̄_k β/(1−β)` for what the momentum will still move, obeys `z⁺ = z − η̄_k g(x_k)`. So
-SGDM is SGD at η̄ but for the lag `c_k m_k`, which is 0 at the end of the run, and for gradients that are taken at x,
-not at z. Without curvature the end of the run is exactly that of SGD at η̄. The noise is `σ = η^{−1/2}` of the peak η,
-which stays visible as η goes to 0.
+`z_k = x_k − c_k m_k`, with `c_k = η̄_k β/(1−β)` for what the momentum will still move, obeys `z⁺ = z − η̄_k g(x_k)`,
+by Eq. 3 and `η̄_k = (1−β) η_k + β η̄_{k+1}`. So SGDM is SGD at η̄ but for the lag `c_k m_k`, which is 0 at the end of the
+run, and for gradients that are taken at x, not at z. Without curvature the end of the run is exactly that of SGD at η̄.
+The noise is `σ = η^{−1/2}` of the peak η, which stays visible as η goes to 0.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from hf_momentum.dynamics.estimates import relative_difference
 from hf_momentum.dynamics.iterates import Rates, iterates
-from hf_momentum.dynamics.moments import LinearModel, Moments, evolve, rms_distance, sgdm_map
+from hf_momentum.dynamics.moments import LinearModel, coupled_moments, rms_distance
 from hf_momentum.dynamics.oracle import LabelNoiseOracle
 from hf_momentum.dynamics.overparametrised import TwoLayerNet
 from hf_momentum.dynamics.stability import oscillation_range
@@ -135,69 +136,57 @@ def quadratic_rows(
     """
     found: list[Row] = []
     for lr, curvature in points:
-        row: Row = {"over": over, "lr": lr, "curvature": curvature}
-        model, start = LinearModel.quadratic(curvature, scale=lr**-0.5), START / math.sqrt(2 * curvature)
-        rates, spread, seconds = learning_rates(schedule, lr, time, momentum), 0.0, {}
-        lags = np.array([*rates["η̄"][1:], 0.0]) * momentum / (1 - momentum)
-        for name, lrs in rates.items():
-            sgd, sgdm = Rates(lrs, 0.0, len(lrs)), Rates(rates["η"], momentum, len(lrs))
-            joint = list(coupled_moments(model, start, sgd, sgdm, at=range(1, len(lrs) + 1)))
-            means, covariances = np.array([at.mean for at in joint]), np.array([at.covariance for at in joint])
-            second = np.diagonal(covariances, axis1=1, axis2=2)[:, :2] + means[:, :2] ** 2
-            seconds[name] = second.T
-            spread = spread or math.sqrt(covariances[:, 0, 0].max())
-            row[f"path {name}"] = max(map(rms_distance, joint)) / spread
-            row[f"mean {name}"] = float(np.abs(means[:, 0] - means[:, 1]).max()) / spread
-            row[f"loss {name}"] = float(np.abs(np.diff(second)).max()) / spread**2
-            row[f"end {name}"] = 100 * float(second[-1, 1] / second[-1, 0] - 1)
-            if name == "η̄":
-                apart = np.stack([np.ones_like(lags), -np.ones_like(lags), lags], axis=1)
-                squares = np.einsum("ki,kij,kj->k", apart, covariances, apart) + (apart * means).sum(1) ** 2
-                row["shadow"] = math.sqrt(squares.max()) / spread
-        found.append(row)
+        row, seconds, spread = _compare(schedule, lr, curvature, momentum, time)
+        found.append({"over": over, "lr": lr, "curvature": curvature} | row)
         if schedule == "step" and over == "λ":
             found += _around_the_decay(curvature, seconds, spread)
-    small = [row for row in found if over == "η" and row["lr"] * row["curvature"] < oscillation_range(momentum)[0]]
-    if len(small) > 2:
-        fits = {name: fitted_order(*zip(*((r["lr"], r[name]) for r in small), strict=True)) for name in ORDERED}
-        found += [
-            {"over": "order", "distance": n, "order": f.order, "low": f.low, "high": f.high} for n, f in fits.items()
-        ]
-    return found
+    return found + (_orders(found, momentum) if over == "η" else [])
 
 
-def _around_the_decay(curvature: float, seconds: dict[str, np.ndarray], spread: float) -> list[Row]:
+def _compare(
+    schedule: str, lr: float, curvature: float, momentum: float, time: float
+) -> tuple[Row, dict[str, np.ndarray], float]:
+    # The row; by learning rate of SGD, E x² of SGD and of SGDM over the steps, `(2, steps)`; and s.
+    model, start = LinearModel.quadratic(curvature, scale=lr**-0.5), START / math.sqrt(2 * curvature)
+    rates, spread, seconds, row = learning_rates(schedule, lr, time, momentum), 0.0, {}, {}
+    for name, lrs in rates.items():
+        sgd, sgdm = Rates(lrs, 0.0, len(lrs)), Rates(rates["η"], momentum, len(lrs))
+        joint = list(coupled_moments(model, start, sgd, sgdm, at=range(1, len(lrs) + 1)))
+        means, covariances = np.array([at.mean for at in joint]), np.array([at.covariance for at in joint])
+        second = np.diagonal(covariances, axis1=1, axis2=2)[:, :2] + means[:, :2] ** 2
+        seconds[name] = second.T
+        spread = spread or math.sqrt(covariances[:, 0, 0].max())
+        row[f"path {name}"] = max(map(rms_distance, joint)) / spread
+        row[f"mean {name}"] = float(np.abs(means[:, 0] - means[:, 1]).max()) / spread
+        row[f"loss {name}"] = float(np.abs(np.diff(second)).max()) / spread**2
+        row[f"end {name}"] = 100 * float(second[-1, 1] / second[-1, 0] - 1)
+        if name == "η̄":
+            row["shadow"] = _shadow_distance(means, covariances, lrs, momentum) / spread
+    return row, seconds, spread
+
+
+def _shadow_distance(means: np.ndarray, covariances: np.ndarray, averaged: Sequence[float], momentum: float) -> float:
+    # The largest RMS of y − z = y − x + c m, with y of SGD.
+    lags = np.array([*averaged[1:], 0.0]) * momentum / (1 - momentum)
+    apart = np.stack([np.ones_like(lags), -np.ones_like(lags), lags], axis=1)
+    squares = np.einsum("ki,kij,kj->k", apart, covariances, apart) + (apart * means).sum(1) ** 2
+    return math.sqrt(squares.max())
+
+
+def _orders(found: Sequence[Row], momentum: float) -> list[Row]:
+    slow = [row for row in found if row["lr"] * row["curvature"] < oscillation_range(momentum)[0]]
+    if len(slow) < 3:
+        return []
+    fits = {name: fitted_order(*zip(*((row["lr"], row[name]) for row in slow), strict=True)) for name in ORDERED}
+    return [{"over": "order", "distance": n, "order": f.order, "low": f.low, "high": f.high} for n, f in fits.items()]
+
+
+def _around_the_decay(curvature: float, seconds: Mapping[str, np.ndarray], spread: float) -> list[Row]:
     series = {"SGD at η": seconds["η"][0], "SGD at η̄": seconds["η̄"][0], "SGDM": seconds["η"][1]}
     last = len(seconds["η"][0]) // 2  # the index of the position after the first small step
     steps = [k for k in AROUND if 0 <= last + k - 1 < 2 * last]
     about = {"over": "step", "curvature": curvature}
     return [about | {"step": k, **{n: float(v[last + k - 1]) / spread**2 for n, v in series.items()}} for k in steps]
-
-
-def coupled_moments(model: LinearModel, x0: float, sgd: Rates, sgdm: Rates, *, at: Iterable[int]) -> Iterator[Moments]:
-    """Give the exact moments of `(x_SGD, x_SGDM, m)` under common noise, for SGD at rates of its own.
-
-    Args:
-        model: The quadratic, with its minimiser at 0 and additive noise.
-        x0: Common start of every coordinate.
-        sgd: Of SGD.
-        sgdm: Of SGDM.
-        at: Rising numbers of steps after which to give the moments.
-
-    Returns:
-        The stream of moments, laid out as those of `joint_moments`.
-    """
-    d, noise = model.dim, model.additive_noise()
-
-    def transition(k: int, mean: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        (one, kick), (other, other_kick) = sgdm_map(model, *sgd[k]), sgdm_map(model, *sgdm[k])
-        step = np.zeros((3 * d, 3 * d))
-        step[:d, :d], step[d:, d:] = one[:d, :d], other
-        kick = np.concatenate([kick[:d], other_kick])
-        return step, kick @ noise @ kick.T
-
-    mean = np.repeat([x0, x0, 0.0], d)
-    return evolve(mean, np.zeros((3 * d, 3 * d)), np.zeros(3 * d), at, transition, sgd.constant and sgdm.constant)
 
 
 def net_rows(schedule: str, momentum: float, time: float, lrs: Sequence[float], paths: int, seed: int) -> list[Row]:
@@ -225,10 +214,8 @@ def net_rows(schedule: str, momentum: float, time: float, lrs: Sequence[float], 
     net = TwoLayerNet(inputs, teacher)
     found = []
     for lr in lrs:
-        oracle, rates = (
-            LabelNoiseOracle(net, LABEL_NOISE, scale=lr**-0.5),
-            learning_rates(schedule, lr, time, momentum),
-        )
+        oracle = LabelNoiseOracle(net, LABEL_NOISE, scale=lr**-0.5)
+        rates = learning_rates(schedule, lr, time, momentum)
         for name in ("η", "η̄"):
             runs = [
                 iterates(oracle, start.repeat(paths, 1), lrs, beta, steps=len(lrs), generator=noise, every=5)
@@ -239,13 +226,8 @@ def net_rows(schedule: str, momentum: float, time: float, lrs: Sequence[float], 
             for sgd, sgdm in zip(*runs, strict=True):
                 apart = max(apart, float((sgd.x - sgdm.x).square().sum(-1).mean()))
                 spread = max(spread, float(sgd.x.var(0).sum()))
+            losses = {"loss SGD": net.loss(sgd.x), "loss SGDM": net.loss(sgdm.x)}
             row = {"lr": lr, "sgd at": name, "path": math.sqrt(apart / spread)}
-            found.append(row | _relative_difference(net.loss(sgd.x), net.loss(sgdm.x)))
+            row |= relative_difference(losses["loss SGDM"], losses["loss SGD"])._asdict()
+            found.append(row | {key: float(value.mean()) for key, value in losses.items()})
     return found
-
-
-def _relative_difference(sgd: torch.Tensor, sgdm: torch.Tensor) -> Row:
-    ratio = float(sgdm.mean() / sgd.mean())
-    half = 1.96 * float((sgdm - ratio * sgd).std() / sgd.mean()) / math.sqrt(len(sgd))  # delta method, on pairs
-    value = {"measured": 100 * (ratio - 1), "low": 100 * (ratio - 1 - half), "high": 100 * (ratio - 1 + half)}
-    return value | {"loss SGD": float(sgd.mean()), "loss SGDM": float(sgdm.mean())}

@@ -1,5 +1,6 @@
 """Slow SDE: over O(1/η²) steps SGD and SGDM both move along the manifold Γ of minimisers, by one and the same law.
 
+The law is that of `hf_momentum.dynamics.manifold`: `dX = ∂Φ Σ^{1/2} dW + ½ ∂²Φ[Σ] dt`, and `−¼ ∂Φ ∇tr(H)` where Σ = H.
 Positions are read as Φ(x_k), the end of the gradient flow, over `t = kη²`. What is predicted needs the loss and Σ
 alone: drift and diffusion along Γ by automatic differentiation, then the moments of the resulting law, by the backward
 Kolmogorov equation along Γ, or by an ODE where label noise leaves no diffusion.

@@ -5,7 +5,6 @@ descent and noise per unit of time stay, the curvature term falls as 1/ℓ, and 
 scaled by 1/ℓ instead, ε stays, and SGD and SGDM have two limits. Distances on a quadratic are exact and simulated.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_momentum.dynamics.estimates import Estimate, mean_estimate
 from hf_momentum.dynamics.iterates import iterates
 from hf_momentum.dynamics.moments import LinearModel, Moments, joint_moments, rms_distance
 from hf_momentum.dynamics.oracle import MinibatchOracle, NoisyGradientOracle
@@ -106,7 +106,7 @@ def distances(
         label = name if name == PATHWISE else name.name
         place = {"step": joint.step, "time": joint.step * rate, "momentum": beta}
         row = {"quantity": "distance", "function": label, "series": f"{label}, {way}"} | place
-        made.append(row | measured | {"predicted": exact_distance(joint, name)})
+        made.append(row | measured._asdict() | {"predicted": exact_distance(joint, name)})
     return made
 
 
@@ -126,8 +126,8 @@ def exact_distance(joint: Moments, function: TestFunction | str) -> float:
     return abs(function.expectation(mean[0], variance[0]) - function.expectation(mean[1], variance[1]))
 
 
-def simulated_distance(sgd: Tensor, sgdm: Tensor, function: TestFunction | str) -> Row:
-    """Estimate a distance from pairs of paths, with its 95% interval.
+def simulated_distance(sgd: Tensor, sgdm: Tensor, function: TestFunction | str) -> Estimate:
+    """Estimate a distance from pairs of paths.
 
     Args:
         sgd: Positions, `(paths, 1)`.
@@ -135,14 +135,11 @@ def simulated_distance(sgd: Tensor, sgdm: Tensor, function: TestFunction | str) 
         function: h, or `PATHWISE`.
 
     Returns:
-        `measured`, `low` and `high`.
+        The estimate.
     """
-    values = (sgd - sgdm).square()[:, 0] if function == PATHWISE else function(sgd) - function(sgdm)
-    mean, margin = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
-    if function != PATHWISE:
-        return {"measured": abs(mean), "low": max(abs(mean) - margin, 0.0), "high": abs(mean) + margin}
-    mean, low, high = (math.sqrt(max(value, 0.0)) for value in (mean, mean - margin, mean + margin))
-    return {"measured": mean, "low": low, "high": high}
+    if function == PATHWISE:
+        return mean_estimate((sgd - sgdm).square()[:, 0]).root()
+    return mean_estimate(function(sgd) - function(sgdm)).size()
 
 
 def gradients(way: str, ell: int, examples: int, batch_size: int, draws: int, seed: int) -> list[Row]:
@@ -190,6 +187,4 @@ def disjoint_weights(x: Tensor, examples: int, batch_size: int, generator: torch
 
 
 def _estimate(quantity: str, values: Tensor, predicted: float) -> Row:
-    mean, margin = values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
-    interval = {"measured": mean, "low": mean - margin, "high": mean + margin}
-    return {"quantity": quantity, "predicted": predicted} | interval
+    return {"quantity": quantity, "predicted": predicted} | mean_estimate(values)._asdict()

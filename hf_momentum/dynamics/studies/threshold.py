@@ -21,7 +21,8 @@ from scipy import stats
 from scipy.optimize import brentq
 from torch import Tensor
 
-from hf_momentum.dynamics.iterates import iterates
+from hf_momentum.dynamics.estimates import mean_estimate, mean_ratio
+from hf_momentum.dynamics.iterates import iterates, last_iterate
 from hf_momentum.dynamics.moments import LinearModel, stability_limit
 from hf_momentum.dynamics.oracle import LabelNoiseOracle, MinibatchOracle, NoisyGradientOracle, Oracle
 from hf_momentum.dynamics.overparametrised import MatrixFactorisation, TwoLayerNet
@@ -30,6 +31,8 @@ from hf_momentum.dynamics.stability import critical_lr, stationary_variance
 from hf_momentum.dynamics.studies import Row
 
 FACTOR, LOST = 2.0, 1e3
+HALVINGS = 8
+POPULATION, ROUNDS = 8000, 30  # of `second_moment_limit`
 METHODS = ("SGD", "SGDM")
 _NOISE = 1e-8  # variance of the noise: small beside the distances on which the curvature changes
 _FLAT = 1e-5  # eigenvalues below this part of the largest belong to Γ
@@ -177,9 +180,8 @@ class Case:
         generator, peak = torch.Generator().manual_seed(self.seed), 0.0
         every = max(1, self.steps // 20)
         lr = h / self.sharpness
-        for state in iterates(
-            self.oracle, self.start, lr, momentum, steps=self.steps, generator=generator, every=every
-        ):
+        options = {"steps": self.steps, "generator": generator, "every": every}
+        for state in iterates(self.oracle, self.start, lr, momentum, **options):
             losses = self.oracle.problem.loss(state.x)
             mean = float(losses.mean())
             peak = max(peak, mean) if math.isfinite(mean) else math.inf
@@ -196,9 +198,9 @@ class Case:
         """Whether a run at h has lost its stability."""
         return ended.peak > LOST * h * self.predicted_loss(1.0, 0.0)
 
-    def limit(self, momentum: float, low: float, high: float, digits: int = 8) -> float:
-        """Find by bisection where stability is lost, to the ratio of the ends to the power `2^−digits`."""
-        for _ in range(digits):
+    def limit(self, momentum: float, low: float, high: float) -> float:
+        """Find by bisection where stability is lost, to the ratio of the ends to the power `2^−HALVINGS`."""
+        for _ in range(HALVINGS):
             middle = math.sqrt(low * high)
             low, high = (low, middle) if self.lost(self.run(middle, momentum), middle) else (middle, high)
         return math.sqrt(low * high)
@@ -229,11 +231,9 @@ def _ratio(case: Case, h: float, momentum: float, sgd: Tensor, sgdm: Tensor) -> 
     row = {"line": f"β = {momentum:g}", "predicted": predicted}
     if not sgd.isfinite().all() or not sgdm.isfinite().all():
         return row, bool(sgdm.isfinite().all())
-    ratio = float(sgd.mean() / sgdm.mean())
-    error = float((sgd / sgd.mean() - sgdm / sgdm.mean()).std()) / math.sqrt(len(sgd))
+    ratio = mean_ratio(sgd, sgdm)
     difference, spread = abs(float((sgd - sgdm).mean())), float((sgd - sgdm).std()) / math.sqrt(len(sgd))
-    row |= {"measured": ratio, "low": ratio * math.exp(-1.96 * error), "high": ratio * math.exp(1.96 * error)}
-    return row, max(ratio, 1 / ratio) > FACTOR and difference > 4 * spread
+    return row | ratio._asdict(), max(ratio.measured, 1 / ratio.measured) > FACTOR and difference > 4 * spread
 
 
 def _sharpness(case: Case, h: float, ended: tuple[Ended, Ended]) -> list[Row]:
@@ -241,9 +241,7 @@ def _sharpness(case: Case, h: float, ended: tuple[Ended, Ended]) -> list[Row]:
     for method, run in zip(METHODS, ended, strict=True):
         if run.x.isfinite().all():
             values = torch.linalg.eigvalsh(case.oracle.problem.hessian(run.x))[:, -1] * (h / case.sharpness)
-            half = 1.96 * float(values.std()) / math.sqrt(len(values))
-            mean = float(values.mean())
-            found.append({"method": method, "measured": mean, "low": mean - half, "high": mean + half})
+            found.append({"method": method} | mean_estimate(values)._asdict())
     return found
 
 
@@ -278,22 +276,20 @@ def second_moment_limit(oracle: Oracle, momentum: float, seed: int, highest: flo
     Returns:
         The limit of η.
     """
-    dim, steps, rounds, paths = oracle.problem.dim, 4, 30, 8000
+    dim, steps = oracle.problem.dim, 4
 
     def growth(log_lr: float) -> float:
         generator, second, rates = torch.Generator().manual_seed(seed), torch.eye(2 * dim).double(), []
-        for _ in range(rounds):
-            normals = torch.randn(paths, 2 * dim, generator=generator, dtype=torch.float64)
+        for _ in range(ROUNDS):
+            normals = torch.randn(POPULATION, 2 * dim, generator=generator, dtype=torch.float64)
             x, m = (normals @ torch.linalg.cholesky(second).mT).split(dim, dim=1)
-            run = iterates(
-                oracle, x, math.exp(log_lr), momentum, steps=steps, generator=generator, every=steps, m0=m.contiguous()
-            )
-            *_, last = run
+            lr, m0 = math.exp(log_lr), m.contiguous()
+            last = last_iterate(oracle, x, lr, momentum, steps=steps, generator=generator, m0=m0)
             state = torch.cat([last.x, last.m], dim=1)
-            second = state.mT @ state / paths
+            second = state.mT @ state / POPULATION
             rates.append(float(second.trace().log()))
             second = second / second.trace()
-        return sum(rates[rounds // 2 :])
+        return sum(rates[ROUNDS // 2 :])
 
     return math.exp(brentq(growth, math.log(highest) - 6, math.log(1.2 * highest), xtol=1e-5))
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from scipy.linalg import solve_discrete_lyapunov
 
-from hf_momentum.dynamics.iterates import iterates
+from hf_momentum.dynamics.estimates import mean_ratio
+from hf_momentum.dynamics.iterates import last_iterate
 from hf_momentum.dynamics.moments import LinearModel, sgdm_map, stability_limit
 from hf_momentum.dynamics.oracle import NoisyGradientOracle
 from hf_momentum.dynamics.problems import Quadratic
@@ -146,13 +147,10 @@ def _simulated(
     squares = []
     for beta in (0.0, momentum):
         generator = torch.Generator().manual_seed(seed)
-        *_, last = iterates(oracle, start, h, beta, steps=steps, generator=generator, every=steps)
+        last = last_iterate(oracle, start, h, beta, steps=steps, generator=generator)
         squares.append(last.x[:, 0].square())
-    sgd, sgdm = squares
-    ratio = float(sgd.mean() / sgdm.mean())
-    half = 1.96 * float((sgd / sgd.mean() - sgdm / sgdm.mean()).std()) / math.sqrt(paths)
-    row = {"h": h, "momentum": momentum, "measured": ratio, "predicted": variance_ratio(momentum, h)}
-    row |= {"low": ratio * math.exp(-half), "high": ratio * math.exp(half), "steps": steps}
+    row = {"h": h, "momentum": momentum, "predicted": variance_ratio(momentum, h), "steps": steps}
+    row |= mean_ratio(*squares)._asdict()
     found = []
     if momentum in lines:
         found.append({"quantity": "ratio over h", "line": f"β = {momentum:g}", "name": f"ratio at h = {h:g}"} | row)

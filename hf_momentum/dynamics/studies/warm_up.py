@@ -125,15 +125,14 @@ def momentum_variance(k: int, momentum: float, start: float) -> float:
     return variance_fraction(momentum) * (1 - faded) + faded * start
 
 
-def _variance_factors(paths: int, level: float = 0.95) -> tuple[float, float]:
+def _variance_factors(paths: int) -> tuple[float, float]:
     # A normal sample's variance over the true one is χ²/(n−1).
-    tail = (1 - level) / 2
-    return tuple((paths - 1) / stats.chi2.ppf(q, paths - 1) for q in (1 - tail, tail))
+    return tuple((paths - 1) / stats.chi2.ppf(q, paths - 1) for q in (0.975, 0.025))
 
 
-def _correlation_interval(value: float, paths: int, level: float = 0.95) -> tuple[float, float]:
+def _correlation_interval(value: float, paths: int) -> tuple[float, float]:
     # Fisher's transformation; a value against itself has no error.
     if abs(value) >= 1 - 1e-12:
         return value, value
-    half = stats.norm.ppf((1 + level) / 2) / math.sqrt(paths - 3)
+    half = stats.norm.ppf(0.975) / math.sqrt(paths - 3)
     return math.tanh(math.atanh(value) - half), math.tanh(math.atanh(value) + half)
