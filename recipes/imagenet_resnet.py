@@ -175,7 +175,8 @@ def main(argv: Sequence[str]) -> None:
         )
     console.print(f"{data.name}: {data.source}, {data.train_size} + {len(data.test)} images", markup=False)
     runs = build_runs(images, data, store, publisher)
-    groups = plan_image_runs(images, training, grid, settings(images, data), data.train_size, images.warmup_epochs)
+    epochs = {"warmup_epochs": images.warmup_epochs, "whole_batches": images.streaming}
+    groups = plan_image_runs(images, training, grid, settings(images, data), data.train_size, **epochs)
     runs.run(groups, training.output_dir, images.model_card, console)
 
 
