@@ -5,14 +5,13 @@ and .svg, the table NAME.md, and the rows that both show, NAME.jsonl. recipes/dy
 part is kept in OUTPUT_DIR/results.jsonl; started again, the command skips what is finished.
 
   one figure            python recipes/dynamics.py --figure warm_up
-  all ten, on two cores python recipes/dynamics.py --figure all
+  all ten               python recipes/dynamics.py --figure all        (about 10 minutes on two cores)
   a quick look          python recipes/dynamics.py --figure svag --set paths=1000
   your own              python recipes/dynamics.py --config mine.yaml
 
 Figures: {names}.
 A configuration names a study, its parameters, and what to draw of its rows: copy one from recipes/dynamics/. What
-parameters a study has: python -c "from hf_momentum.command import command_line, read_yaml, run_command
-from hf_momentum.dynamics.studies import NAME; help(NAME.cells)".
+parameters a study has: python -c "from hf_momentum.dynamics.studies import NAME; help(NAME.cells)".
 """
 
 import argparse

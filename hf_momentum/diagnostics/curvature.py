@@ -128,8 +128,8 @@ def lanczos(
     """Lanczos iteration with full reorthogonalisation, until the largest Ritz values have converged.
 
     They have once their residuals are within the tolerance after two products in a row: the first values to settle
-    need not be the largest. Still, of two close eigenvalues the smaller may be taken for the largest (at 9 and 8.5 over
-    a random bulk in 4% of simulated runs); a smaller tolerance tells them apart.
+    need not be the largest. Still, of two close eigenvalues the smaller may be taken for the largest (of 9 and 8.5
+    above a random bulk, in 4% of simulated runs); a smaller tolerance tells them apart.
 
     Args:
         multiply: The symmetric operator on vectors `(n,)`.

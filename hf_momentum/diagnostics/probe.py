@@ -192,14 +192,12 @@ def inner_products(left: Sequence[Vector], right: Sequence[Vector]) -> Tensor:
         `(j, k)` in float64 on the CPU; each parameter's part is summed in its own precision.
     """
     device = left[0][0].device
-    rows = [
-        torch.stack(
-            [torch.dot(a.reshape(-1), b.reshape(-1)).to(device, torch.float64) for a, b in zip(u, v, strict=True)]
-        )
-        for u in left
-        for v in right
-    ]
-    return torch.stack(rows).sum(dim=1).reshape(len(left), len(right)).cpu()
+
+    def inner(u: Vector, v: Vector) -> Tensor:
+        parts = [torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(u, v, strict=True)]
+        return torch.stack([part.to(device, torch.float64) for part in parts]).sum()
+
+    return torch.stack([inner(u, v) for u in left for v in right]).reshape(len(left), len(right)).cpu()
 
 
 @contextmanager

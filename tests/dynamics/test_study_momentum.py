@@ -1,4 +1,4 @@
-"""β: exact distances against sums over noises, the share that a run delivers, stationary ratios, schedules."""
+"""β: exact distances against sums over noises, the share that a run delivers, schedules."""
 
 import math
 
@@ -49,14 +49,6 @@ def test_share(beta):
         assert row["measured"] == pytest.approx(row["predicted"], rel=1e-5)
 
 
-def test_ratios():
-    rows = study.ratio_rows(0.9, [0.5, 1.5], paths=20_000, seed=0)
-    for row, printed in zip(rows, (1.32, 3.84), strict=True):
-        assert round(row["predicted"], 2) == printed
-        error = (math.log(row["high"]) - math.log(row["low"])) / (2 * 1.96)
-        assert abs(math.log(row["measured"] / row["predicted"])) < 4 * error
-
-
 def test_schedules_of_beta():
     lr, steps = 0.1, 40
     (row,) = study.schedule_rows("0.9→0", [lr], 4.0)
@@ -75,6 +67,6 @@ def test_schedules_of_beta():
 
 
 def test_cells():
-    parts = [cell["part"] for cell in study.cells(lrs=[0.1], horizons=[60], ratio_momenta=[0.9])]
-    assert parts == ["distance", "share", "ratio"] + ["schedule"] * len(study.BETA_SCHEDULES)
+    parts = [cell["part"] for cell in study.cells(lrs=[0.1], horizons=[60])]
+    assert parts == ["distance", "share"] + ["schedule"] * len(study.BETA_SCHEDULES)
     assert study.rows("share", steps=10, momenta=[0.5])[0]["part"] == "share"

@@ -10,12 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from hf_momentum.dynamics.iterates import Rates, last_iterate
+from hf_momentum.dynamics.iterates import Rates
 from hf_momentum.dynamics.moments import LinearModel, Moments, coupled_moments, rms_distance
-from hf_momentum.dynamics.oracle import NoisyGradientOracle
-from hf_momentum.dynamics.problems import Quadratic
 from hf_momentum.dynamics.stability import stationary_variance
 from hf_momentum.dynamics.studies import Row
 from hf_momentum.dynamics.studies.schedules import SCHEDULES, START
@@ -37,24 +33,16 @@ def cells(
     lrs: Sequence[float] = (0.001, 0.01, 0.1, 0.5),
     time: float = 10.0,
     horizons: Sequence[int] = (60, 300, 3000),
-    ratio_momenta: Sequence[float] = (0.5, 0.9, 0.99),
-    ratio_lrs: Sequence[float] = (0.02, 0.1, 0.3, 0.6, 1.0, 1.4, 1.8),
     schedule_lrs: Sequence[float] = (0.005, 0.02, 0.1),
-    paths: int = 20_000,
-    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Make cells for the distances, the share that is delivered, the stationary variances and the schedules of β.
+    """Make cells for the distances, the share that is delivered, and the schedules of β.
 
     Args:
         momenta: β of the distances and of the shares.
         lrs: η, on a quadratic of curvature 1.
         time: kη at the end of the runs whose distances are taken.
         horizons: Steps of the runs whose shares are taken.
-        ratio_momenta: β of the stationary variances.
-        ratio_lrs: Their η.
         schedule_lrs: η of the runs with schedules of β.
-        paths: Number of paths of the stationary variances.
-        seed: Of their noise.
 
     Returns:
         The cells.
@@ -62,10 +50,6 @@ def cells(
     return [
         *({"part": "distance", "lr": lr, "time": time, "momenta": list(momenta)} for lr in lrs),
         *({"part": "share", "steps": steps, "momenta": list(momenta)} for steps in horizons),
-        *(
-            {"part": "ratio", "momentum": b, "lrs": list(ratio_lrs), "paths": paths, "seed": seed}
-            for b in ratio_momenta
-        ),
         *({"part": "schedule", "name": n, "lrs": list(schedule_lrs), "time": time} for n in BETA_SCHEDULES),
     ]
 
@@ -74,13 +58,13 @@ def rows(part: str, **options: Any) -> list[Row]:
     """Compute one part.
 
     Args:
-        part: "distance", "share", "ratio" or "schedule".
+        part: "distance", "share" or "schedule".
         **options: What else its cells hold.
 
     Returns:
-        Rows of `distance_rows`, `share_rows`, `ratio_rows` or `schedule_rows`.
+        Rows of `distance_rows`, `share_rows` or `schedule_rows`.
     """
-    make = {"distance": distance_rows, "share": share_rows, "ratio": ratio_rows, "schedule": schedule_rows}[part]
+    make = {"distance": distance_rows, "share": share_rows, "schedule": schedule_rows}[part]
     return [{"part": part} | row for row in make(**options)]
 
 
@@ -155,43 +139,6 @@ def share_rows(steps: int, momenta: Sequence[float]) -> list[Row]:
             moved = float((1 - last.mean[1]) / (1 - last.mean[0]))
             share = sum(averaged_lr(lrs, momentum)) / sum(lrs)
             found.append(row | {"memory": 1 / (1 - momentum), "predicted": share, "measured": moved})
-    return found
-
-
-def ratio_rows(momentum: float, lrs: Sequence[float], paths: int, seed: int) -> list[Row]:
-    """Measure stationary variances on `½ x²` by simulation.
-
-    Args:
-        momentum: β.
-        lrs: η, which is h.
-        paths: Number of paths.
-        seed: Of the noise, which SGD and SGDM do not share.
-
-    Returns:
-        Rows over `lr`: the ratio `Var SGD / Var SGDM`, measured with its 95% interval, and predicted.
-    """
-    oracle, found = NoisyGradientOracle(Quadratic([1.0])), []
-    for lr in lrs:
-        variances = []
-        for number, beta in enumerate((0.0, momentum)):
-            slowest = max(1 / (lr * (2 - lr)), 1 / (1 - beta) + 1 / lr)
-            generator = torch.Generator().manual_seed(seed + number)
-            start = torch.zeros(paths, 1, dtype=torch.float64)
-            steps = math.ceil(6 * slowest)  # the start weighs e⁻¹² at most
-            last = last_iterate(oracle, start, lr, beta, steps=steps, generator=generator)
-            variances.append(float(last.x.square().mean()))
-        ratio = variances[0] / variances[1]
-        factor = math.exp(1.96 * 2 / math.sqrt(paths))  # log of a normal sample's variance has the error √(2/n)
-        exact = stationary_variance(1.0, 1.0, lr) / stationary_variance(1.0, 1.0, lr, momentum)
-        row = {
-            "run": f"β = {momentum:g}",
-            "momentum": momentum,
-            "lr": lr,
-            "measured": ratio,
-            "low": ratio / factor,
-            "high": ratio * factor,
-        }
-        found.append(row | {"predicted": exact})
     return found
 
 
