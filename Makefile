@@ -64,3 +64,5 @@ bench: $(VENV)/.demo
 	$(BIN)/python scripts/bench_masked_lm.py
 	$(BIN)/python scripts/bench_overhead.py
 	$(BIN)/python scripts/bench_dynamics.py
+	$(BIN)/python scripts/bench_curvature.py
+	$(BIN)/python scripts/bench_images.py
