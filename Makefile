@@ -59,7 +59,7 @@ quality: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 
-bench: $(VENV)/.demo
+bench: $(VENV)/.demo $(VENV)/.vision
 	$(BIN)/python scripts/bench_optim.py --shapes demo
 	$(BIN)/python scripts/bench_masked_lm.py
 	$(BIN)/python scripts/bench_overhead.py
