@@ -264,7 +264,7 @@ def _data_text(data: dict[str, Any]) -> str:
     text = {
         "hub": "Hub data set [{id}](https://huggingface.co/datasets/{id})",
         "folder": "a local folder of the user's, not the Hub's data set",
-        "demo": "the embedded demo, a stand-in with its own name",
+        "demo": data.get("id") or "the embedded demo, a stand-in with its own name",
     }[data["source"]].format_map(data)
     text += f" ({data['config']})" if data.get("config") else ""
     text += f", tested on split {data['split']}" if data.get("split") else ""

@@ -42,11 +42,11 @@ def card_metadata(rows: Sequence[Row], name: str, scores: Sequence[Score]) -> Mo
     hub = [record["data"]["id"] for record in records if (record.get("data") or {}).get("source") == "hub"]
     bases = [base for base in dict.fromkeys(record.get("base_model") for record in records) if base]
     trained = [row for row in rows if row.is_trained]
-    tunings = {record.get("tuning") for record in records}
+    pipelines = {_pipeline(record) for record in records}
     return ModelCardData(
         base_model=(bases if len(bases) > 1 else bases[0]) if bases else None,
         library_name="peft" if {row.records[0].get("peft") for row in trained} == {"lora"} else "transformers",
-        pipeline_tag="text-classification" if tunings == {"classifier"} else None,
+        pipeline_tag=pipelines.pop() if len(pipelines) == 1 else None,
         tags=["hf_momentum", *dict.fromkeys(row.optim for row in trained), f"arxiv:{PAPER}"],
         datasets=list(dict.fromkeys(hub)) or None,
         metrics=["accuracy"],
@@ -56,7 +56,7 @@ def card_metadata(rows: Sequence[Row], name: str, scores: Sequence[Score]) -> Mo
 
 
 def card_scores(rows: Sequence[Row], model: dict[str, Any] | None) -> list[Score]:
-    """What there is to state: the trained rows of text tasks, and before them the run that the weights are of.
+    """What there is to state: the trained rows of known tasks, and before them the run that the weights are of.
 
     Args:
         rows: From `table_rows`.
@@ -68,9 +68,9 @@ def card_scores(rows: Sequence[Row], model: dict[str, Any] | None) -> list[Score
     names, scores = row_names(rows), []
     for row in rows:
         task, base, tuning, k = row.setting
-        if not (row.is_trained and task and tuning):
+        if not (row.is_trained and task and (tuning or _pipeline(row.records[0]))):
             continue
-        how = ", ".join(filter(None, [names[id(row)], base, f"{tuning} tuning", k and f"k={k}"]))
+        how = ", ".join(filter(None, [names[id(row)], base, tuning and f"{tuning} tuning", k and f"k={k}"]))
         seeds = f"mean of {len(row.picks)} seeds" if len(row.picks) > 1 else "one seed"
         scores.append(Score(row.records[0], mean_std(list(row.accuracy.values()))[0], f"{how}, {seeds}"))
         if model in row.records:
@@ -78,15 +78,19 @@ def card_scores(rows: Sequence[Row], model: dict[str, Any] | None) -> list[Score
     return scores
 
 
+def _pipeline(record: dict[str, Any]) -> str | None:
+    return record.get("pipeline_tag") or ("text-classification" if record.get("tuning") == "classifier" else None)
+
+
 def _eval_result(score: Score) -> EvalResult:
     task, data = score.record["task"], score.record.get("data") or {}
     # A type with a colon can be no data set's id on the Hub: only what came from there claims one.
     types = {"hub": data.get("id"), "folder": f"local-folder:{task}", "demo": f"hf_momentum-demo:{task}"}
-    names = {"hub": task, "folder": f"{task} from a local folder", "demo": f"{task}, a stand-in"}
+    names = {"hub": task, "folder": f"{task} from a local folder", "demo": data.get("id") or f"{task}, a stand-in"}
     source = data.get("source")
     return EvalResult(
-        task_type="text-classification",
-        task_name="Few-shot text classification",
+        task_type=score.record.get("pipeline_tag") or "text-classification",
+        task_name="Image classification" if score.record.get("pipeline_tag") else "Few-shot text classification",
         dataset_type=types.get(source, f"not-recorded:{task}"),
         dataset_name=names.get(source, f"{task}, its source not recorded"),
         dataset_config=data.get("config"),

@@ -47,20 +47,28 @@ def svag_figure(records: Sequence[Record]) -> Drawing:
     rows += [row for ell in ells for row in _gap_rows(ell, [run for run in part if _ell(run) == ell])]
     title = f"{task}, {model}, batch {size}, η = {rate:g}, {_count_seeds(part)}"
     reading = f"{_BAND}; gap: 95% t interval of the difference paired over seeds"
-    return panels_figure(rows, _svag_panels(ells), title, reading), part
+    return panels_figure(rows, _svag_panels(ells, rows), title, reading), part
 
 
-def _svag_panels(ells: Sequence[float]) -> list[Panel]:
+def _svag_panels(ells: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     curves = {"x": "time", "series": "method", "spread": "band", "xlabel": "step / ℓ"}
     panels = []
     for ell in ells:
         for quantity in ("train loss", "test accuracy (%)"):
             where = {"ell": ell, "quantity": quantity}
-            panels.append(Panel(**curves, where=where, title=f"ℓ = {ell:g}", ylabel=quantity))
+            labels = {"title": f"ℓ = {ell:g}", "ylabel": quantity, "ylim": _limits(rows, quantity)}
+            panels.append(Panel(**curves, **labels, where=where))
     over = {"x": "ell", "series": "method", "xlabel": "ℓ", "xscale": "log2"}
     last = {"where": {"quantity": "last test accuracy"}, "ylabel": "last test accuracy (%)", "spread": "band"}
     gap = {"where": {"quantity": "gap"}, "ylabel": "SGDM − SGD (points)", "ymarks": {"": 0.0}}
     return [*panels, Panel(**over, **last, title="after training"), Panel(**over, **gap, title="the gap")]
+
+
+def _limits(rows: Sequence[Mapping[str, Any]], quantity: str) -> list[float]:
+    """The same for all ℓ, so that their panels can be compared."""
+    ends = [row[end] for row in rows if row["quantity"] == quantity for end in ("low", "high")]
+    margin = 0.05 * (max(ends) - min(ends)) or 1.0
+    return [min(ends) - margin, max(ends) + margin]
 
 
 def _curve_rows(ell: float, runs: Sequence[Record]) -> list[dict[str, Any]]:

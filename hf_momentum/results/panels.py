@@ -147,9 +147,9 @@ def panels_figure(rows: Sequence[Row], panels: Sequence[Panel], title: str = "",
     names = [
         tuple(dict.fromkeys(_series(row, panel) for row in part)) for panel, part in zip(panels, parts, strict=True)
     ]
-    shared = len({frozenset(part) for part in names}) == 1
+    shared = any(set(every) >= {name for part in names for name in part} for every in names)
     styles = line_styles(name for part in names for name in part)
-    columns, legend = min(2, len(panels)), styles if shared and any(names[0]) else {}
+    columns, legend = min(2, len(panels)), styles if shared and any(styles) else {}
     figure, grid = grid_of_panels(math.ceil(len(panels) / columns), columns, legend, title=title)
     for panel, part, own, axes in zip(panels, parts, names, grid.flat, strict=False):
         looks = styles if len(styles) <= MOST_STYLES else line_styles(own)

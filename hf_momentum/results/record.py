@@ -168,6 +168,7 @@ _FIELDS = {
     **dict.fromkeys(_NEEDED, _TEXT),
     **dict.fromkeys(("run_id", "tuning", "momentum_schedule", "peft", "group", "lr_schedule"), _TEXT),
     **dict.fromkeys(("prompt", "test_data", "base_model", "lr_form", "regime", "command", "sweep_command"), _TEXT),
+    "pipeline_tag": _TEXT,
     **dict.fromkeys(("seed", "k", "batch_size", "steps", "grid_size", "processes"), _WHOLE),
     **dict.fromkeys((*_ACCURACIES, "learning_rate", "effective_lr", "momentum", "ell", "weight_decay"), _NUMBER),
     **dict.fromkeys(("optimizer_state_bytes", "max_grad_norm"), _NUMBER),

@@ -8,6 +8,7 @@ ROWS = [
     {"part": "a", "method": "SGD", "x": 10.0, "measured": 2.0, "low": 1.5, "high": 2.5, "predicted": 2.1},
     {"part": "a", "method": "SGDM", "x": 1.0, "measured": 3.0},
     {"part": "b", "method": "SGDM", "x": 2.0, "measured": 4.0, "low": None, "high": None},
+    {"part": "c", "method": "SVAG", "x": 2.0, "measured": 4.0},
 ]
 
 
@@ -37,13 +38,19 @@ def test_a_band_is_drawn_where_it_is_asked_for_and_only_where_there_is_an_interv
 
 
 def test_panels_with_other_series_have_legends_of_their_own():
-    panels = [Panel("x", series="method", where={"part": part}) for part in "ab"]
+    panels = [Panel("x", series="method", where={"part": part}) for part in ("a", ["b", "c"])]
     figure = panels_figure(ROWS, panels)
     assert not figure.legends
     texts = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
-    assert texts == [["SGD", "SGDM"], ["SGDM"]]
-    colors = [axes.lines[-1].get_color() for axes in figure.axes]
+    assert texts == [["SGD", "SGDM"], ["SGDM", "SVAG"]]
+    colors = [figure.axes[0].lines[-1].get_color(), figure.axes[1].lines[0].get_color()]
     assert colors[0] == colors[1]  # SGDM looks the same in both
+
+
+def test_one_legend_is_enough_where_a_panel_has_all_series():
+    figure = panels_figure(ROWS, [Panel("x", series="method", where={"part": part}) for part in "ab"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SGD", "SGDM"]
+    assert all(axes.get_legend() is None for axes in figure.axes)
 
 
 def test_marks_stand_at_their_places():
@@ -68,10 +75,10 @@ def test_tables_have_four_digits():
 
 
 def test_rows_are_selected_by_values_or_lists():
-    assert select(ROWS, {"method": "SGDM"}) == ROWS[2:]
-    assert select(ROWS, {"part": ["a", "b"], "x": 2.0}) == ROWS[3:]
-    with pytest.raises(UserError, match="No row has part = c"):
-        select(ROWS, {"part": "c"})
+    assert select(ROWS, {"method": "SGDM"}) == ROWS[2:4]
+    assert select(ROWS, {"part": ["a", "b"], "x": 2.0}) == ROWS[3:4]
+    with pytest.raises(UserError, match="No row has part = d"):
+        select(ROWS, {"part": "d"})
 
 
 @pytest.mark.parametrize(
