@@ -8,8 +8,9 @@ command skips what is finished and goes on from checkpoints.
   a look, no download      python recipes/cifar_resnet.py --preset demo
   on two cores             python recipes/cifar_resnet.py --preset cpu --ells 1 2 4 8 --data_dir DATA
   the paper's experiment   accelerate launch recipes/cifar_resnet.py --preset paper --ells 1 2 4 8 16
-  lr × batch size          python recipes/cifar_resnet.py --preset cpu --grid recipes/grids/cifar_cpu.yaml \
-                             --global_batch_size 32 512 --data_dir DATA
+  its learning rates       accelerate launch recipes/cifar_resnet.py --preset paper \
+                             --grid recipes/grids/cifar_paper.yaml
+  lr × batch size          python scripts/sweep.py recipes/grids/cifar_rates.yaml --workers 2 --data_dir DATA
 
 Figures: hf-momentum plot OUTPUT_DIR --figure svag (curves for each ℓ and the gap), --figure rates (accuracy over lr).
 
@@ -33,9 +34,9 @@ from hf_momentum.command import command_line, run_command
 from hf_momentum.results.record import identifier
 from hf_momentum.tasks.augmentation import AugmentedImages, collate, normalisation
 from hf_momentum.tasks.image_models import build_image_model
-from hf_momentum.tasks.images import ImageData, load_images, shrink
+from hf_momentum.tasks.images import DIGITS, ImageData, load_images, shrink
 from hf_momentum.training.arguments import RecipeTrainingArguments
-from hf_momentum.training.environment import hardware
+from hf_momentum.training.environment import data_source, hardware
 from hf_momentum.training.grid import Grid
 from hf_momentum.training.image_arguments import ImageArguments, parse_image_command
 from hf_momentum.training.image_runs import ImageRuns, plan_image_runs
@@ -104,23 +105,27 @@ def load(images: CifarArguments) -> ImageData:
     return dataclasses.replace(data, name=name, **parts)
 
 
+def source(images: CifarArguments) -> dict[str, Any]:
+    """Where the images come from, as the records state it."""
+    if images.data == DIGITS:
+        return {"source": "demo", "id": "the digits that come with scikit-learn"}
+    return data_source(images.data, images.data_dir, images.hub_id or "uoft-cs/cifar10")
+
+
 def build_runs(images: CifarArguments, data: ImageData, store: RunStore, publisher: Publisher) -> ImageRuns:
     """What all runs share: the images, the model, and what their records say."""
     statistics = normalisation(data)
     channels, size = data.train.pixels.shape[1], data.train.pixels.shape[-1]
     augment = {"padding": 4 * size // 32 or 1, "flip": True} if images.augment else {"padding": 0, "flip": False}
-    if images.data_dir or (images.data == "digits" and not images.hub_id):
-        source = {"source": "folder" if images.data_dir else "demo"}
-    else:
-        source = {"source": "hub", "id": images.hub_id or "uoft-cs/cifar10"}
     about = {
-        "data": source | {"test_examples": len(data.test.labels)},
+        "data": source(images) | {"test_examples": len(data.test.labels)},
         "hardware": hardware(PartialState().device),
         "command": command_line(),
     }
 
     def train_set(run: Run) -> AugmentedImages:
-        seed, batch_size = run.settings["seed"], run.settings["batch_size"]
+        seed, svag = run.settings["seed"], run.settings["optim"] == "svag"
+        batch_size = run.settings["batch_size"] * (2 if svag else 1)  # SVAG takes two batches a step
         return AugmentedImages(data.train, *statistics, seed=seed, batch_size=batch_size, **augment)
 
     def make_model() -> torch.nn.Module:

@@ -41,10 +41,10 @@ from transformers.utils import logging
 from hf_momentum.command import command_line, run_command
 from hf_momentum.results.record import identifier
 from hf_momentum.tasks.image_models import build_image_model
-from hf_momentum.tasks.image_streams import ImageStreams, StreamRows, load_image_stream
+from hf_momentum.tasks.image_streams import IMAGENET, ImageStreams, StreamRows, load_image_stream
 from hf_momentum.tasks.lazy_images import MappedImages, StreamedImages, image_transforms, model_statistics
 from hf_momentum.training.arguments import RecipeTrainingArguments
-from hf_momentum.training.environment import hardware
+from hf_momentum.training.environment import data_source, hardware
 from hf_momentum.training.grid import Grid
 from hf_momentum.training.image_arguments import ImageArguments, parse_image_command
 from hf_momentum.training.image_runs import ImageRuns, plan_image_runs
@@ -119,7 +119,7 @@ def settings(images: ImageNetArguments, data: ImageStreams) -> dict[str, Any]:
 
 def describe(images: ImageNetArguments, data: ImageStreams) -> dict[str, Any]:
     """What the records say besides: the data's source, the hardware, the command."""
-    source = {"source": "folder" if images.data_dir else "hub", "id": images.data_dir or data.source}
+    source = data_source(data.name, images.data_dir, images.hub_id or IMAGENET)
     return {
         "data": source | {"test_examples": len(data.test)},
         "hardware": hardware(PartialState().device),

@@ -24,26 +24,20 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    set_seed,
 )
 from transformers.utils import logging
 
 from hf_momentum.command import command_line, read_yaml, run_command
-from hf_momentum.errors import UserError, require_extra
+from hf_momentum.errors import UserError
 from hf_momentum.results.record import identifier, package_versions
 from hf_momentum.results.tables import print_summary
-from hf_momentum.tasks.demo import demo_model_path
 from hf_momentum.tasks.encoding import encode_examples
 from hf_momentum.tasks.examples import TaskData
-from hf_momentum.tasks.masked_lm import LabelWordHead, load_masked_lm
 from hf_momentum.tasks.metrics import compute_metrics
 from hf_momentum.tasks.prompts import ClassifierEncoder, PromptEncoder, Task, get_task, label_word_ids
 from hf_momentum.tasks.sources import load_fewshot
@@ -58,6 +52,7 @@ from hf_momentum.training.command_line import (
     parse_arguments,
 )
 from hf_momentum.training.environment import data_source, hardware, hub_model, learning_curve
+from hf_momentum.training.fewshot_model import build_model, load_tokenizer
 from hf_momentum.training.grid import Grid, read_grid
 from hf_momentum.training.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from hf_momentum.training.protocol import (
@@ -127,47 +122,6 @@ def add_demo_settings(training: RecipeTrainingArguments, grid: Grid, given: set[
         return grid
     rates = {name: [DEMO_LR if is_our_optimizer(name) else TRAINER_DEFAULT_LR] for name in training.optim}
     return dataclasses.replace(grid, learning_rate=rates)
-
-
-def model_path(few: FewShotArguments) -> str:
-    """The folder or Hub id to load; the demo is fetched on first use."""
-    return str(demo_model_path()) if few.model == "demo" else few.model
-
-
-def load_tokenizer(few: FewShotArguments) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; a model that cannot be found shows here."""
-    with PartialState().main_process_first():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_path(few))
-        except (OSError, ValueError) as error:
-            raise UserError(f"Cannot load --model {few.model}: {error}") from error
-    if tokenizer.pad_token is None:
-        raise UserError(f"The tokenizer of {few.model} has no pad token. Choose an encoder such as RoBERTa or BERT.")
-    return tokenizer
-
-
-def build_model(few: FewShotArguments, task: Task, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
-    """The model with the label words at the mask, or with a new head; what is new is initialised by the seed.
-
-    In float32, whatever the checkpoint holds: SGD's small updates would be rounded away in half precision. `--bf16`
-    and `--fp16` train in mixed precision.
-    """
-    set_seed(seed)
-    try:
-        if few.tuning == "prompt":
-            model = load_masked_lm(model_path(few), dtype=torch.float32)
-            LabelWordHead(tokenizer.mask_token_id, label_word_ids(task, tokenizer)).attach(model)
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                model_path(few), num_labels=len(task.labels), dtype=torch.float32
-            )
-    except (OSError, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"Cannot load {few.model}: {error}") from error
-    if few.peft == "lora":
-        peft = require_extra("peft", "text")
-        kind = "SEQ_CLS" if few.tuning == "classifier" else None
-        model = peft.get_peft_model(model, peft.LoraConfig(task_type=kind, target_modules="all-linear"))
-    return model
 
 
 @dataclass
