@@ -140,6 +140,64 @@ def _results_name(path: Path) -> str:
 
 
 @app.command()
+def advise(
+    model: Annotated[str | None, typer.Option("--model", help="Hub id, local folder, or demo. Default: demo.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="sst-2 sst-5 snli trec mnli, the demo's own, or your YAML file.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning_rate", help="η of the run to judge. Default: 0.1, of the demo only.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--per_device_train_batch_size", help="Its batch size B.")] = 8,
+    momentum: Annotated[float, typer.Option("--momentum", help="β of the SGDM that SGD is compared with.")] = 0.9,
+    max_steps: Annotated[
+        int | None, typer.Option("--max_steps", help="Its steps, decaying linearly. Default: 1000; demo: 100.")
+    ] = None,
+    warm_steps: Annotated[
+        int | None, typer.Option("--warm_steps", help="Steps of SGD before the measurement. Default: a tenth.")
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Examples per class to train on.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", help="Of draw, initialisation and data order.")] = 13,
+    data_dir: Annotated[
+        str | None, typer.Option("--data_dir", help="Folder with TASK/{train,test}.jsonl instead of the Hub.")
+    ] = None,
+    tuning: Annotated[
+        str | None, typer.Option("--tuning", help="prompt, or classifier (default for the demo model).")
+    ] = None,
+    budget: Annotated[
+        str, typer.Option("--budget", help="full, or economy: a third of the cost, wider intervals.")
+    ] = "full",
+    output: Annotated[Path, typer.Option("--output", help="Folder for advice.jsonl and the picture.")] = Path(
+        "runs/advise"
+    ),
+) -> None:
+    """Do I need momentum? Measure gradient noise and curvature on your model and task, and say so.
+
+    It trains the first steps with SGD (a measurement before the first one misleads), measures on training batches,
+    and predicts by how much SGD and SGDM will differ at the end of the run, at your learning rate and batch size.
+
+    Noise dominates: momentum is of marginal value here, and costs a copy of the weights. Drop it.
+
+    Curvature dominates: momentum buys stability; below the learning rate that is named SGD would match.
+
+    Undecided: the intervals are too wide. Take --budget full, or a larger --k.
+
+    Example: hf-momentum advise --model FacebookAI/roberta-large --task sst-2 --k 512 --learning_rate 0.01
+    """
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from hf_momentum.training.advise import AdviseArguments
+    from hf_momentum.training.advise import advise as run
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    named = {"model": model, "task": task, "learning_rate": learning_rate, "per_device_train_batch_size": batch_size}
+    named |= {"momentum": momentum, "max_steps": max_steps, "warm_steps": warm_steps, "k": k, "seed": seed}
+    run(AdviseArguments(**named, data_dir=data_dir, tuning=tuning, budget=budget, output=output), Console())
+
+
+@app.command()
 def demo() -> None:
     """Fetch the embedded demo (a small model and its data, 86 MB) into the user's cache."""
     from hf_momentum.tasks.demo import demo_model_path, fetch_demo

@@ -109,6 +109,11 @@ def leave_process_group() -> None:
         os._exit(0)
 
 
+def _message(error: UserError) -> str:
+    """What was said; torch puts the traceback before it where a worker of a DataLoader raised it."""
+    return str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
+
+
 def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """Run a recipe's `main` on the command line; a user's mistake ends it with one message and status 2.
 
@@ -121,7 +126,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
         record(main)(sys.argv[1:])  # tells torchrun what went wrong
         leave_process_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on where this one ended.", file=sys.stderr)

@@ -1,5 +1,6 @@
-"""Where encoded images come from: parquet files, a folder of image files, or the Hub. Nothing is decoded here."""
+"""Where encoded images come from: parquet files, a folder of image files, or the Hub; and how one is decoded."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from hf_momentum.errors import UserError, require_extra
 
 if TYPE_CHECKING:
     import datasets
+    import PIL.Image
 
 TEST_SPLITS = ("test", "validation", "val")
 """Names of the split to test on; the first that is there is taken."""
@@ -79,6 +81,36 @@ def read_image_dir(name: str, data_dir: str | Path) -> EncodedData:
     if train is None or test is None:
         raise UserError(_split_missing(folder, "train" if train is None else "test"))
     return EncodedData(f"folder {folder}", train, test)
+
+
+def decode_image(image: bytes | str | Path, name: str, *, grey: bool = False) -> "PIL.Image.Image":
+    """Decode an image with Pillow.
+
+    Args:
+        image: The bytes of its file or the file's path.
+        name: Where it is found, for messages.
+        grey: Whether a grey or black and white image stays of one channel.
+
+    Returns:
+        The image in mode RGB, or L.
+
+    Raises:
+        UserError: If it is corrupt, or has more than 8 bits per channel.
+    """
+    pillow = require_extra("PIL.Image", "vision")
+    try:
+        with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise UserError(
+                    f"{name}: pixels of mode {opened.mode}. Convert the image to 8 bits per channel first."
+                )
+            return opened.convert("L" if grey and opened.mode in {"1", "L"} else "RGB")
+    except UserError:
+        raise
+    except pillow.UnidentifiedImageError as error:  # names the bytes' place in memory
+        raise UserError(f"{name}: the image is corrupt or of an unknown format.") from error
+    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
+        raise UserError(f"{name}: the image is corrupt: {error}.") from error
 
 
 def read_image_hub(hub_id: str) -> EncodedData:

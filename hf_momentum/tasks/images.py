@@ -1,6 +1,5 @@
 """Labelled images as tensors, decoded once: from the Hub, a folder, or scikit-learn's digits."""
 
-import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_momentum.errors import UserError, require_extra
-from hf_momentum.tasks.image_sources import EncodedData, EncodedImages, read_image_dir, read_image_hub
+from hf_momentum.tasks.image_sources import EncodedData, EncodedImages, decode_image, read_image_dir, read_image_hub
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def decode_images(encoded: EncodedImages) -> Tensor:
     """
     arrays: list[np.ndarray] = []
     for image, name in zip(encoded.images, encoded.names, strict=True):
-        arrays.append(_decode(image, name))
+        arrays.append(np.asarray(decode_image(image, name, grey=True)))
         if arrays[-1].shape[:2] != arrays[0].shape[:2]:
             size, first = ("×".join(map(str, array.shape[:2])) for array in (arrays[-1], arrays[0]))
             raise UserError(
@@ -260,19 +259,6 @@ def _check_labels(split: EncodedImages, classes: Sequence[str]) -> None:
             f"{split.where} has images of {len(classes) - len(missing)} of the {len(classes)} classes. "
             f"Both splits need all; missing: {', '.join(missing[:10])}{', …' if len(missing) > 10 else ''}."
         )
-
-
-def _decode(image: bytes | Path, name: str) -> np.ndarray:
-    pillow = require_extra("PIL.Image", "vision")
-    try:
-        with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise UserError(f"{name}: pixels of mode {opened.mode}. Convert the image to 8 bits per channel.")
-            return np.asarray(opened.convert("L" if opened.mode in {"1", "L"} else "RGB"))
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise UserError(f"{name}: the image is corrupt or of an unknown format: {error}.") from error
 
 
 def _shape(pixels: Tensor) -> str:

@@ -1,7 +1,6 @@
 """Images decoded when a batch needs them, with timm's augmentation, for the stock Trainer."""
 
 import contextlib
-import io
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from hf_momentum.errors import UserError, require_extra
+from hf_momentum.tasks.image_sources import decode_image
 from hf_momentum.tasks.image_streams import FolderRows, StreamRows, TableRows
 
 if TYPE_CHECKING:
@@ -210,24 +210,9 @@ def _example(
         raise UserError(
             f"{name}: unknown label {label}. With {num_classes} classes, labels are 0 to {num_classes - 1}."
         )
-    decoded = _decoded(image, name)
+    decoded = decode_image(image, name)
     with contextlib.nullcontext() if entropy is None else _seeded(entropy):
         return {"pixel_values": transform(decoded), "labels": label}
-
-
-def _decoded(image: bytes | str, name: str) -> "PIL.Image.Image":
-    pillow = require_extra("PIL.Image", "vision")
-    try:
-        with pillow.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise UserError(
-                    f"{name}: pixels of mode {opened.mode}. Convert the image to 8 bits per channel first."
-                )
-            return opened.convert("RGB")
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError, pillow.DecompressionBombError) as error:
-        raise UserError(f"{name}: the image is corrupt or of an unknown format: {error}.") from error
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from hf_momentum.training.callbacks import (
     MomentumGuard,
     MomentumScheduleCallback,
     OptimizerMemoryCallback,
+    RegimeCallback,
     SVAGCallback,
 )
 from hf_momentum.training.loss_scaling import honours_num_items_in_batch, normalise_loss_per_micro_batch
@@ -25,6 +26,7 @@ __all__ = [
     "OptimizerFactory",
     "OptimizerMemoryCallback",
     "RecipeTrainingArguments",
+    "RegimeCallback",
     "SVAGCallback",
     "honours_num_items_in_batch",
     "normalise_loss_per_micro_batch",

@@ -15,7 +15,6 @@ from rich.progress import Progress
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_momentum.errors import UserError
 from hf_momentum.optim import effective_lr, get_optimizer_info
@@ -65,8 +64,14 @@ def plan_image_runs(
         A group of one run each, seeds outermost.
 
     Raises:
-        UserError: If SVAG is asked for with another optimizer than `sgd` and `sgdm`, or a batch cannot be split.
+        UserError: If SVAG is asked for with another optimizer than `sgd` and `sgdm`, a batch cannot be split or has
+            more images than there are, or one process has several GPUs.
     """
+    if training.n_gpu > 1:
+        raise UserError(
+            f"The Trainer would give each of this process's {training.n_gpu} GPUs a batch of its own. Start one "
+            "process per GPU with accelerate launch, or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
+        )
     stranger = next((name for name in training.optim if name not in WITH_SVAG and max(images.ells) > 1), None)
     if stranger is not None:
         raise UserError(f"--ells beside --optim {stranger}: SVAG has sgd and sgdm. Choose among these.")
@@ -90,6 +95,11 @@ def _steps(
 ) -> dict[str, Any]:
     if batch_size > train_size:
         raise UserError(f"--global_batch_size {batch_size} is more than the {train_size} training images.")
+    if max(images.ells) > 1 and 2 * batch_size > train_size:
+        raise UserError(
+            f"--global_batch_size {batch_size}: SVAG takes two batches a step, {2 * batch_size} images, and there are "
+            f"{train_size} to train on. Choose a smaller batch."
+        )
     split = split_batch(batch_size, training.world_size, images.micro_batch)
     epoch = train_size // batch_size if whole_batches else math.ceil(train_size / batch_size)
     steps = training.max_steps if training.max_steps > 0 else max(1, round(training.num_train_epochs * epoch))
@@ -108,14 +118,14 @@ def _steps(
 def _plan_cell(
     training: RecipeTrainingArguments, optim: str, ell: float, changes: dict[str, Any], shared: dict[str, Any]
 ) -> Run:
-    if ell == 1:
-        return plan_run(training, optim, changes, shared)
     momentum = training.momentum if training.momentum is not None else get_optimizer_info("sgdm").defaults["momentum"]
     if optim == "sgd":
         rate = changes["learning_rate"]
-        if training.lr_form == "heavy_ball" and rate is not None:
+        if training.lr_form == "heavy_ball" and rate is not None:  # also where SGDM is another command's
             changes |= {"learning_rate": effective_lr(rate, momentum), "lr_form": None}
         momentum = 0.0
+    if ell == 1:
+        return plan_run(training, optim, changes, shared)
     return plan_run(training, "svag", changes | {"ell": ell, "momentum": momentum}, shared)
 
 
@@ -210,8 +220,7 @@ class ImageRuns:
         """
         reset_peak_memory(run.arguments.device)
         trainer, folder = self.build_trainer(run, progress), self.checkpoints(run)
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(folder))
         last = trainer.state.log_history[-2] if len(trainer.state.log_history) > 1 else {}
         if last.get("step") != result.global_step or "eval_accuracy" not in last:
             last = trainer.evaluate()
@@ -257,6 +266,7 @@ class ImageRuns:
             "lr_schedule": lr_schedule(run.arguments),
             "weight_decay": run.arguments.weight_decay,
             "processes": run.arguments.world_size,
+            "pipeline_tag": "image-classification",
             "packages": package_versions(("hf_momentum", "torch", "transformers", "accelerate", "timm")),
             **self.about,
         }
@@ -271,6 +281,19 @@ class ImageRuns:
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             shutil.rmtree(self.checkpoints(run), ignore_errors=True)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Find a run's last whole checkpoint; one whose writing was interrupted is passed over.
+
+    Args:
+        folder: Of the run's checkpoints; it need not exist.
+
+    Returns:
+        The checkpoint's folder, None if there is none.
+    """
+    whole = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]  # which is written last
+    return str(max(whole, key=lambda checkpoint: int(checkpoint.name.partition("-")[2]))) if whole else None
 
 
 def label(run: Run) -> str:

@@ -133,7 +133,8 @@ def plan_run(training: RecipeTrainingArguments, optim: str, changes: dict[str, A
     size, rate = changes["per_device_train_batch_size"], changes["learning_rate"]
     if size < 1:
         raise UserError(f"per_device_train_batch_size must be at least 1, not {size}.")
-    if optim == "sgd" and training.lr_form == "heavy_ball" and "sgdm" in training.optim and rate is not None:
+    form = changes.get("lr_form", training.lr_form)
+    if optim == "sgd" and form == "heavy_ball" and "sgdm" in training.optim and rate is not None:
         default = get_optimizer_info("sgdm").defaults["momentum"]
         momentum = default if training.momentum is None else training.momentum
         changes |= {"learning_rate": effective_lr(rate, momentum), "lr_form": None}

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from hf_momentum.errors import UserError
 from hf_momentum.results.record import read_results
 from hf_momentum.tasks.images import ImageData, ImageSet, subset
+from hf_momentum.training.image_runs import last_checkpoint
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "cifar_resnet.py"
 SMALL = ["--preset", "demo", "--seeds", "0", "--num_train_epochs", "2", "--model", "cifar_resnet8", "--use_cpu"]
@@ -116,6 +118,60 @@ def test_both_readings_of_the_learning_rate(recipe):
         assert rates == pytest.approx([expected] * 4)
 
 
+@pytest.mark.parametrize("optim", ["sgd", "sgdm"])
+def test_an_optimizer_by_itself_has_the_rate_that_it_has_beside_the_other(recipe, optim):
+    argv = ["--ells", "1", "2", "--lr_form", "heavy_ball", "--seeds", "0", "--optim", optim]
+    images, training, grid = recipe.parse(argv)
+    groups = recipe.plan_image_runs(images, training, grid, {"task": "cifar10"}, 50_000)
+    assert [group.runs[0].settings["effective_lr"] for group in groups] == pytest.approx([2.0, 2.0])
+
+
+def test_svag_has_two_whole_batches_in_every_step(recipe, few, tmp_path, caplog):
+    """Of 40 images, 3 batches of 12 fill an epoch of SGD; SVAG leaves the third out instead of taking it alone."""
+    options = ["--optim", "sgd", "--global_batch_size", "12", "--ells", "2", "--output_dir", str(tmp_path)]
+    recipe.main([*SMALL, *options])
+    assert results(tmp_path)[0]["steps"] == 2 * 2 * 3
+    assert "plain SGD" not in caplog.text
+
+
+def test_the_card_of_image_runs(recipe, few, tmp_path):
+    options = ["--max_steps", "2", "--global_batch_size", "10", "--model_card", "True", "--output_dir", str(tmp_path)]
+    recipe.main([*SMALL, *options])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.tags == ["hf_momentum", "sgd", "sgdm", "arxiv:2307.15196"]
+    assert [result.task_type for result in card.data.eval_results] == ["image-classification"] * 2
+    assert "- few: the digits that come with scikit-learn, 40 examples to test on." in card.text
+    assert "text" not in card.data.to_yaml()
+
+
+def test_what_the_records_say_of_the_data(recipe):
+    known = ["--data_dir", "here"], ["--hub_id", "me/birds:small"], [], ["--preset", "demo"]
+    images = [recipe.parse(argv)[0] for argv in known]
+    assert [recipe.source(one) for one in images] == [
+        {"source": "folder"},
+        {"source": "hub", "id": "me/birds", "config": "small"},
+        {"source": "hub", "id": "uoft-cs/cifar10", "config": None},
+        {"source": "demo", "id": "the digits that come with scikit-learn"},
+    ]
+
+
+def test_several_gpus_of_one_process_are_refused(recipe, monkeypatch):
+    images, training, grid = recipe.parse(["--seeds", "0"])
+    monkeypatch.setattr(type(training), "n_gpu", 2)
+    with pytest.raises(UserError, match="each of this process's 2 GPUs a batch of its own"):
+        recipe.plan_image_runs(images, training, grid, {}, 50_000)
+
+
+def test_a_checkpoint_whose_writing_was_interrupted_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path / "none") is None
+    for step in (8, 16, 24):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step < 24:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
+
+
 def test_the_papers_schedule(recipe):
     images, training, grid = recipe.parse(["--optim", "sgdm", "--seeds", "0", "--ells", "1", "4"])
     plain, svag = (group.runs[0].arguments for group in recipe.plan_image_runs(images, training, grid, {}, 50_000))
@@ -157,6 +213,7 @@ def test_mistakes_are_told(recipe, argv, message, capsys):
     [
         (["--model", "cifar_resnet9", "--global_batch_size", "8"], "cifar_resnet9"),
         (["--global_batch_size", "64"], "64 is more than the 40 training images"),
+        (["--global_batch_size", "24", "--ells", "2"], "SVAG takes two batches a step, 48 images, and there are 40"),
         (["--global_batch_size", "20", "--optim", "adamw_torch", "--ells", "2"], "SVAG has sgd and sgdm"),
         (["--train_images", "50"], "50"),
     ],

@@ -18,6 +18,7 @@ from backend_launch import accelerate, free_port
 from safetensors.torch import load_file
 
 from hf_momentum.errors import UserError
+from hf_momentum.tasks.image_streams import ImageStreams
 from hf_momentum.training.callbacks.lr_milestones import LRMilestonesCallback
 
 for module in ("timm", "torchvision", "datasets"):
@@ -267,6 +268,30 @@ def test_a_corrupt_image_is_named(recipe, command, tmp_path):
     (broken / "train" / "class1" / "0003.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match=r"class1/0003\.png: the image is corrupt"):
         recipe.main(command(data_dir=broken))
+
+
+def test_a_corrupt_image_is_named_without_a_traceback_where_a_worker_reads_it(command, tmp_path):
+    broken = write_images(tmp_path / "broken", 8)
+    (broken / "train" / "class1" / "0003.png").write_bytes(b"\x89PNG")
+    words = [sys.executable, str(RECIPE), *command(data_dir=broken, dataloader_num_workers=1)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPE.parents[1])}
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "error: " + str(broken / "train/class1/0003.png: the image is corrupt") in ended.stderr
+
+
+def test_what_the_records_say_of_the_data(recipe):
+    """The Hub's id alone, so that a card can link it; and nothing of a folder's place."""
+    table = type("Table", (list,), {})()
+    for argv, expected in (
+        ([], {"source": "hub", "id": "ILSVRC/imagenet-1k", "config": None}),
+        (["--hub_id", "me/birds:small"], {"source": "hub", "id": "me/birds", "config": "small"}),
+        (["--data_dir", "here"], {"source": "folder"}),
+    ):
+        data = ImageStreams("birds", "Hub data set …", ("a", "b"), table, table, 48)
+        found = recipe.describe(recipe.parse(argv)[0], data)["data"]
+        assert found == expected | {"test_examples": 0}
 
 
 def test_the_grid_and_the_help(recipe, command, capsys):

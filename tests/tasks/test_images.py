@@ -187,7 +187,7 @@ def test_corrupt_image_names_file_and_row(tmp_path, kind, damage):
 
 
 def test_every_damage_to_a_png_is_a_user_error_or_decodes(tmp_path):
-    from hf_momentum.tasks.images import _decode
+    from hf_momentum.tasks.image_sources import decode_image
 
     image, generator = encoded(picture(0, (8, 8, 3))), np.random.default_rng(0)
     refused = 0
@@ -195,8 +195,9 @@ def test_every_damage_to_a_png_is_a_user_error_or_decodes(tmp_path):
         copy = bytearray(image)
         copy[generator.integers(len(copy))] = generator.integers(256)
         try:
-            _decode(bytes(copy), "row")
-        except UserError:
+            decode_image(bytes(copy), "row")
+        except UserError as error:
+            assert str(error).startswith("row: ") and "0x" not in str(error)  # no place in memory
             refused += 1
     assert refused > 100
 

@@ -12,6 +12,7 @@ _EXPORTS = {
     "MomentumGuard": "guard",
     "MomentumScheduleCallback": "momentum_schedule",
     "OptimizerMemoryCallback": "memory",
+    "RegimeCallback": "regime",
     "RunProgressCallback": "progress",
     "SVAGCallback": "svag",
     "run_progress": "progress",
