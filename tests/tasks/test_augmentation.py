@@ -84,7 +84,8 @@ def test_without_augmentation_it_is_to_tensor_and_normalise():
     batch = plain.__getitems__([5, 0, 5])
     assert torch.equal(batch["pixel_values"], expected[[5, 0, 5]])
     assert torch.equal(batch["labels"], images.labels[[5, 0, 5]])
-    assert batch["pixel_values"].is_contiguous() and batch["pixel_values"].dtype == torch.float32
+    assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
+    assert batch["pixel_values"].dtype == torch.float32
 
 
 def test_grey_images_slices_and_single_examples():
