@@ -105,7 +105,7 @@ class AugmentedImages(Dataset):
         self._length = number // batch_size * batch_size
         padded = pad(images.pixels, (padding,) * 4).permute(0, 2, 3, 1).contiguous()
         self._strides = padded.stride()
-        # Entry s is the H×W×C window whose first pixel begins at byte s of the padded images: a crop is a single index.
+        # Entry s is the H×W×C window whose first pixel begins at byte s of the padded images: a crop is one index.
         height, width = images.pixels.shape[2:]
         shape, strides = (height, width, channels), self._strides[1:]
         # A row of means is several times as fast as one mean per channel: its sums run over contiguous memory.
