@@ -15,27 +15,22 @@ parameters a study has: python -c "from hf_momentum.dynamics.studies import NAME
 """
 
 import argparse
-import multiprocessing
-import os
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
-from rich.progress import Progress
 
 from hf_momentum.command import command_line, read_yaml, run_command
 from hf_momentum.dynamics.studies import NAMES, get_study, plan
 from hf_momentum.errors import UserError
 from hf_momentum.results.canvas import save_figure
 from hf_momentum.results.export import Report, print_report, to_markdown
+from hf_momentum.results.jobs import available_cores, compute_missing
 from hf_momentum.results.panels import Panel, TableSpec, panels_figure, read_specs, rows_sheet
-from hf_momentum.results.record import append_record, identifier, package_versions, read_records
+from hf_momentum.results.record import identifier, package_versions, read_records
 
 CONFIGS = Path(__file__).parent / "dynamics"
 KEYS = ("study", "title", "parameters", "panels", "tables")
@@ -67,8 +62,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[FigureConfig]]:
     add("--config", nargs="+", default=[], metavar="FILE", help="configurations of your own")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="parameters that replace the configuration's")
     add("--output_dir", "--output-dir", default="runs/dynamics", help="default: runs/dynamics")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1,
-        help="cells computed at once (default: one for each core)")  # fmt: skip
+    add("--workers", type=int, default=available_cores(), help="cells computed at once (default: one for each core)")
     args = parser.parse_args(argv)
     if unknown := set(args.figure) - {"all", *NAMES}:
         raise UserError(f"Unknown figure: {min(unknown)!r}. Allowed: {', '.join(NAMES)}, all.")
@@ -102,35 +96,9 @@ def read_config(path: Path, parameters: Mapping[str, Any]) -> FigureConfig:
     return FigureConfig(path.stem, study, cells, content.get("title", ""), *specs)
 
 
-def compute(study: str, cell: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
+def compute(study: str, cell: dict[str, Any]) -> dict[str, Any]:
     """Compute one cell in a worker."""
-    torch.set_num_threads(1)  # the cells are what runs side by side
-    start = time.perf_counter()
-    return get_study(study).rows(**cell), time.perf_counter() - start
-
-
-def compute_missing(figures: Sequence[FigureConfig], file: Path, workers: int, console: Console) -> None:
-    """Compute all cells that the results file lacks, and append each as it ends."""
-    done = {record["run_id"] for record in read_records(file).records}
-    todo = {figure.run_id(cell): (figure, cell) for figure in figures for cell in figure.cells}
-    todo = {run_id: job for run_id, job in todo.items() if run_id not in done}
-    if not todo:
-        return
-    about = {"packages": package_versions(), "command": command_line()}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, Progress(console=console) as progress:
-        bar = progress.add_task("cells", total=len(todo))
-        jobs = {pool.submit(compute, figure.study, cell): run_id for run_id, (figure, cell) in todo.items()}
-        try:
-            for job in as_completed(jobs):
-                figure, cell = todo[jobs[job]]
-                rows, seconds = job.result()
-                record = {"run_id": jobs[job], "study": figure.study, "cell": cell, "rows": rows, "seconds": seconds}
-                append_record(file, record | about)
-                progress.advance(bar)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return {"study": study, "cell": cell, "rows": get_study(study).rows(**cell)}
 
 
 def present(figure: FigureConfig, file: Path, folder: Path, console: Console) -> None:
@@ -151,7 +119,9 @@ def main(argv: Sequence[str]) -> None:
     args, figures = parse(argv)
     folder, console = Path(args.output_dir), Console()
     file = folder / "results.jsonl"
-    compute_missing(figures, file, args.workers, console)
+    jobs = {figure.run_id(cell): {"study": figure.study, "cell": cell} for figure in figures for cell in figure.cells}
+    about = {"packages": package_versions(), "command": command_line()}
+    compute_missing(compute, jobs, file, args.workers, about, console)
     for figure in figures:
         present(figure, file, folder, console)
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from in_process import PoolInThisProcess
+
 from hf_momentum.dynamics.studies import NAMES
 from hf_momentum.errors import UserError
 from hf_momentum.results.record import read_records
@@ -35,30 +37,11 @@ def small(tmp_path):
 
 
 @pytest.fixture
-def in_this_process(recipe, monkeypatch):
+def in_this_process(monkeypatch):
     """Cells computed here, counted."""
-    computed = []
-
-    class Pool:
-        def __init__(self, workers, mp_context):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def submit(self, function, *args):
-            from concurrent.futures import Future
-
-            future = Future()
-            computed.append(args)
-            future.set_result(function(*args))
-            return future
-
-    monkeypatch.setattr(recipe, "ProcessPoolExecutor", Pool)
-    return computed
+    pool = PoolInThisProcess()
+    monkeypatch.setattr("hf_momentum.results.jobs.ProcessPoolExecutor", pool)
+    return pool.submitted
 
 
 @pytest.mark.parametrize("name", NAMES)
