@@ -1,4 +1,4 @@
-"""The figure of a validation: differences that were predicted and found, and how well each predictor ranks the cells."""
+"""The figure of a validation: differences predicted and found, and how well each predictor ranks the cells."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from in_process import PoolInThisProcess
 
 from hf_momentum.dynamics.studies import NAMES
