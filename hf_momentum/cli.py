@@ -165,8 +165,11 @@ def advise(
         str | None, typer.Option("--tuning", help="prompt, or classifier (default for the demo model).")
     ] = None,
     budget: Annotated[
-        str, typer.Option("--budget", help="full, or economy: a third of the cost, wider intervals.")
-    ] = "full",
+        str | None,
+        typer.Option(
+            "--budget", help="full (default), or economy (the demo's): a third of the cost, wider intervals."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder for advice.jsonl and the picture.")] = Path(
         "runs/advise"
     ),

@@ -65,7 +65,7 @@ class AdviseArguments:
         seed: Of the draw, the initialisation and the data order.
         data_dir: A folder with the task's data, instead of the Hub.
         tuning: `prompt` or `classifier` (the demo's).
-        budget: `economy` or `full`, see `diagnostics.measure.measure`.
+        budget: `economy` or `full`, see `diagnostics.measure.measure`. Default: `full`, of the demo `economy`.
         output: Folder for `advice.jsonl` and the picture.
     """
 
@@ -80,7 +80,7 @@ class AdviseArguments:
     seed: int = 13
     data_dir: str | None = None
     tuning: str | None = None
-    budget: str = "full"
+    budget: str | None = None
     output: Path = Path("runs/advise")
 
     def __post_init__(self) -> None:
@@ -101,6 +101,7 @@ class AdviseArguments:
             raise UserError("--momentum must be above 0: it is that of the SGDM to compare with SGD.")
         if self.tuning not in {None, "prompt", "classifier"}:
             raise UserError(f"Unknown --tuning {self.tuning!r}. Allowed: prompt, classifier.")
+        self.budget = self.budget or ("economy" if is_demo else "full")
         get_budget(self.budget)
         self.tuning = self.tuning or ("classifier" if is_demo else "prompt")
         self.max_steps = (DEMO_STEPS if is_demo else STEPS) if self.max_steps is None else self.max_steps
@@ -160,11 +161,16 @@ def advise(asked: AdviseArguments, console: Console) -> RegimeReport:
         markup=False,
         highlight=False,
     )
-    trainer.train()
+    with console.status("training and measuring"):
+        trainer.train()
     callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, RegimeCallback))
     if callback.report is None:
         raise UserError(callback.problem)
     measured, report = callback.measured, callback.report
+    console.print(
+        f"Linear decay has brought the learning rate from {asked.learning_rate:g} to {report.setting.lr:.3g} by then.",
+        highlight=False,
+    )
     console.print(verdict_table(measured, report))
     for sentence in report.sentences:
         console.print(sentence, markup=False, highlight=False)
@@ -331,5 +337,5 @@ def draw(measured: Measurements, report: RegimeReport, asked: AdviseArguments) -
         report.effect_floor,
         f"{model} on {task}, batch size {setting.batch_size:,}: {report.verdict}",
     )
-    stem = f"{model}_{task}_lr{setting.lr:g}_batch{setting.batch_size}"
+    stem = f"{model}_{task}_lr{asked.learning_rate:g}_batch{setting.batch_size}"
     return save_figure(figure, rows, asked.output / stem)

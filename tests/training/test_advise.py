@@ -51,6 +51,7 @@ def test_it_prints_and_writes_what_it_found(model, data, tmp_path):
     printed = " ".join(result.stdout.split())
     assert record["sentences"][0] in printed
     assert f"{record['h']['value']:.3g}" in printed
+    assert "Linear decay has brought the learning rate from 0.1 to 0.09 by then." in printed
     assert "2 steps of SGD, then a measurement on 7 batches of 4 (full)" in printed
     assert (record["stage"], record["task"], record["tuning"]) == ("advice", "sst-2", "prompt")
     assert (record["warm_steps"], record["max_steps"], record["steps_left"]) == (2, 20, 18)
@@ -60,7 +61,7 @@ def test_it_prints_and_writes_what_it_found(model, data, tmp_path):
     sharpness = max(mode["curvature"]["value"] for mode in record["measured"]["modes"])
     assert record["h"]["value"] == pytest.approx(0.09 * sharpness)
     (picture,) = (tmp_path / "out").glob("*.png")
-    assert picture.name.endswith("_sst-2_lr0.09_batch4.png")
+    assert picture.name.endswith("_sst-2_lr0.1_batch4.png")
     assert str(picture) in result.stdout.replace("\n", "")
 
 
@@ -98,8 +99,10 @@ def test_the_demo_brings_its_own():
     asked = AdviseArguments()
     assert (asked.model, asked.task, asked.tuning) == ("demo", "movie-snippets-2", "classifier")
     assert (asked.learning_rate, asked.max_steps, asked.warm_steps) == (0.1, 100, 10)
+    assert asked.budget == "economy"
     asked = AdviseArguments(model="x/y", task="sst-2", learning_rate=0.01)
     assert (asked.tuning, asked.max_steps, asked.warm_steps) == ("prompt", 1000, 100)
+    assert asked.budget == "full"
 
 
 @pytest.mark.parametrize(
