@@ -314,8 +314,12 @@ def present(records: Sequence[Mapping[str, Any]], folder: Path, console: Console
     """Rank, draw, write and print."""
     every = compare(records)
     cells = [cell for cell in every if "verdict" in cell]
-    if len({cell["differ"] for cell in cells}) < 2:
-        raise UserError("All cells have the same outcome: nothing can be ranked. Add learning rates of the other one.")
+    differing = sum(cell["differ"] for cell in cells)
+    if not 2 <= differing <= len(cells) - 2:
+        raise UserError(
+            f"SGD and SGDM differ in {differing} of {len(cells)} cells: a ranking needs two cells of either outcome. "
+            "Add learning rates."
+        )
     areas = areas_under_curves(cells)
     sheets = [ranking_sheet(areas, cells), verdict_sheet(cells), failures_sheet(cells)]
     shown = [cell | {"predicted": cell["log_ratio"]["value"]} for cell in cells]

@@ -107,7 +107,7 @@ def test_it_runs_predicts_compares_and_resumes(recipe, pool, data_dir, tmp_path,
     out = tmp_path / "out"
     command = ["--data_dir", str(data_dir), "--output_dir", str(out), "--tasks", "sst-2", "--workers", "2"]
     command += ["--seeds", "1", "2", "--learning_rates", "0.01", "1000"]
-    with pytest.raises(UserError, match="All cells have the same outcome"):
+    with pytest.raises(UserError, match="differ in 0 of 4 cells"):
         recipe.main([*command[:-1], "0.02"])
     records = read_records(out / "results.jsonl").records
     assert len(records) == 16 and sum(record["regime"] is not None for record in records) == 4
