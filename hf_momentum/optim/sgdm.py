@@ -128,11 +128,8 @@ class SGDM(torch.optim.SGD):
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]
     ) -> bool:
         # Collects what a step of one group works on and makes the buffers that are missing; none leave the list empty.
-        if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-            raise UserError(
-                "SGDM does not support sparse gradients. Build the layer that makes them with sparse=False "
-                "(torch.nn.Embedding's default)."
-            )
+        for p in group["params"]:
+            check_dense(p.grad)
         group["momentum"] = group["dampening"] = check_momentum(group["momentum"])
         has_sparse_grad = super()._init_group({**group, "momentum": 0.0}, params, grads, [])
         if params and _keeps_buffer(group):
@@ -241,6 +238,22 @@ def reference_sgdm_step(
     """
     m = momentum * m + (1 - momentum) * (gradient + weight_decay * x)
     return x - lr * m, m
+
+
+def check_dense(gradient: Tensor | None) -> None:
+    """Refuse a sparse gradient.
+
+    Args:
+        gradient: A parameter's gradient, if it has one.
+
+    Raises:
+        UserError: If it is sparse.
+    """
+    if gradient is not None and gradient.is_sparse:
+        raise UserError(
+            "SGDM does not support sparse gradients. Build the layer that makes them with sparse=False "
+            "(torch.nn.Embedding's default)."
+        )
 
 
 def _check_form(group: dict[str, Any]) -> None:
