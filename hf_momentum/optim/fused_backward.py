@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.utils import get_total_norm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_momentum.errors import UserError
-from hf_momentum.optim.sgdm import SGDM, check_dense
+from hf_momentum.optim.sgdm import NO_SPARSE_GRADIENTS, SGDM, update
 
 _HANDLES = WeakTensorKeyDictionary()  # parameter → handle of its hook
 
@@ -96,14 +97,12 @@ class FusedBackward:
                 "remove_fused_backward(model.parameters())."
             )
         gradient, group = parameter.grad, self._optimizer.param_groups[index]  # loading a state replaces the groups
-        check_dense(gradient)
+        if gradient.is_sparse:
+            raise UserError(NO_SPARSE_GRADIENTS)
         self._updated.add(parameter)
         self._norms.append(torch.linalg.vector_norm(gradient))
-        if group["maximize"]:
-            gradient.neg_()
-        if group["weight_decay"]:
-            gradient.add_(parameter, alpha=group["weight_decay"])  # in place: the gradient is dropped next
-        parameter.add_(gradient, alpha=-float(group["lr"]))
+        update(group, [parameter], [gradient], [])
+        increment_version(parameter)  # the fused kernel does not; by it autograd sees a use of lost values
         parameter.grad = None
 
 

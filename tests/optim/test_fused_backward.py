@@ -199,9 +199,11 @@ def test_a_parameter_in_two_reentrant_segments_is_refused():
         net(INPUTS.clone().requires_grad_()).backward()
 
 
-def test_a_detached_use_of_a_parameter_is_caught_by_autograd():
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])  # by another kernel
+def test_a_detached_use_of_a_parameter_is_caught_by_autograd(weight_decay):
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
-    fuse = FusedBackward(SGDM([*first.parameters(), *second.parameters()], lr=0.5, momentum=0.0))
+    parameters = [*first.parameters(), *second.parameters()]
+    fuse = FusedBackward(SGDM(parameters, lr=0.5, momentum=0.0, weight_decay=weight_decay))
     fuse.begin_step()
     x = first(torch.ones(2, 3)) @ second.weight.detach()  # its backward needs second's old weights
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
