@@ -7,6 +7,7 @@ from hf_momentum.optim.factory import (
     list_optimizers,
     parameter_groups,
 )
+from hf_momentum.optim.fused_backward import FusedBackward, remove_fused_backward
 from hf_momentum.optim.schedules import (
     MOMENTUM_SCHEDULES,
     ConstantMomentum,
@@ -28,6 +29,7 @@ __all__ = [
     "SGDM",
     "ConstantMomentum",
     "CosineMomentum",
+    "FusedBackward",
     "LinearMomentum",
     "MomentumSchedule",
     "OptimizerInfo",
@@ -41,6 +43,7 @@ __all__ = [
     "list_optimizers",
     "momentum_schedule",
     "parameter_groups",
+    "remove_fused_backward",
     "svag_coefficients",
     "svag_hyperparameters",
 ]

@@ -10,7 +10,7 @@ Wang et al., "The Marginal Value of Momentum for Small Learning Rate SGD" (ICLR 
 while β is 0. Here buffers start at zero, and a kernel that must keep its buffer at β = 0 gets a β too small to matter.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ from hf_momentum.optim.schedules import check_momentum, check_nonnegative, effec
 
 # Not 0, so that the kernels update the buffer at β = 0; times m it is 0 in every type but float64, and nothing there.
 _ZERO_MOMENTUM = 1e-300
+
+NO_SPARSE_GRADIENTS = (
+    "SGDM does not support sparse gradients. Build the layer that makes them with sparse=False (torch.nn.Embedding's "
+    "default)."
+)
 
 _LEARNING_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
@@ -43,9 +48,9 @@ class SGDM(torch.optim.SGD):
       since the last gradient is gone.
     - It may be set by hand at any time: False at momentum 0 frees the buffers at the next step, True starts m at 0.
 
-    **Kernels.** With `foreach=None, fused=None` parameters with a buffer on the CPU take the fused kernel (fastest
-    there); all else takes torch's own choice for SGD. Without momentum the steps are those of `torch.optim.SGD`, bit
-    by bit.
+    **Kernels.** With `foreach=None, fused=None` parameters on the CPU take what is fastest there: the fused kernel
+    with a buffer or weight decay, foreach without. Elsewhere the choice is torch's own for SGD. Without momentum the
+    steps are those of `torch.optim.SGD` with the same kernel, bit by bit.
 
     Args:
         params: Parameters, `(name, parameter)` pairs, or dicts of parameter groups; a group may set its own `lr`,
@@ -128,24 +133,22 @@ class SGDM(torch.optim.SGD):
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]
     ) -> bool:
         # Collects what a step of one group works on and makes the buffers that are missing; none leave the list empty.
-        if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
-            raise UserError(
-                "SGDM does not support sparse gradients. Build the layer that makes them with sparse=False "
-                "(torch.nn.Embedding's default)."
-            )
         group["momentum"] = group["dampening"] = check_momentum(group["momentum"])
-        has_sparse_grad = super()._init_group({**group, "momentum": 0.0}, params, grads, [])
+        if super()._init_group({**group, "momentum": 0.0}, params, grads, []):
+            raise UserError(NO_SPARSE_GRADIENTS)
         if params and _keeps_buffer(group):
             for p in params:
-                if self.state[p].get("momentum_buffer") is None:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                buffer = (state := self.state[p]).get("momentum_buffer")
+                if buffer is None:
+                    buffer = torch.zeros_like(p, memory_format=torch.preserve_format)
                 if group["differentiable"]:  # autograd may have saved the last one for the gradient of a tensor lr
-                    self.state[p]["momentum_buffer"] = self.state[p]["momentum_buffer"].clone()
-                buffers.append(self.state[p]["momentum_buffer"])
+                    buffer = buffer.clone()
+                state["momentum_buffer"] = buffer
+                buffers.append(buffer)
         elif group["keep_buffer"] is False:
             for p in group["params"]:
                 self.state.pop(p, None)
-        return has_sparse_grad
+        return False
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,7 +172,7 @@ class SGDM(torch.optim.SGD):
         for group, params, grads, buffers in work:
             if params:
                 amp = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-                _update(group, params, grads, buffers, **amp)
+                update(group, params, grads, buffers, **amp)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,25 +294,32 @@ def _keeps_buffer(group: dict[str, Any]) -> bool:
     return group["keep_buffer"]
 
 
-def _update(
+def update(
     group: dict[str, Any],
     params: list[Tensor],
     grads: list[Tensor],
     buffers: list[Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
-    """Run torch's kernel on the parameters of one group; without buffers it is plain SGD."""
+    """Run torch's kernel on parameters of one group.
+
+    Args:
+        group: The group, as `SGDM` keeps it.
+        params: The parameters.
+        grads: Their gradients.
+        buffers: Their momenta; without any, the step is plain SGD's.
+        grad_scale: What a GradScaler multiplied the gradients by, for the fused kernel.
+        found_inf: Whether it found them to overflow.
+    """
     momentum = (group["momentum"] or _ZERO_MOMENTUM) if buffers else 0.0
-    params, grads, buffers = (
-        [_local(t, p) for t, p in zip(ts, params, strict=False)] for ts in (params, grads, buffers)
-    )
+    params, grads, buffers = _local(params, grads, buffers)
     foreach, fused = group["foreach"], group["fused"]
     if foreach is None and fused is None:
-        best_fused = bool(buffers) and params[0].device.type == "cpu" and not torch.compiler.is_compiling()
-        fused, foreach = _default_to_fused_or_foreach(params, group["differentiable"], use_fused=best_fused)
+        needs_one_pass = bool(buffers or group["weight_decay"])
+        fused, foreach = _best_kernel(params, needs_one_pass, group["differentiable"])
     operands = [params, grads, buffers]
-    if fused:
+    if fused and not _plainly_laid_out([*params, *grads, *buffers]):
         operands = [_laid_out_like(params, tensors) for tensors in operands]
     sgd(
         *operands,
@@ -325,26 +335,48 @@ def _update(
         found_inf=found_inf,
     )
     for originals, used in ((params, operands[0]), (buffers, operands[2])):
-        for original, tensor in zip(originals, used, strict=True):
-            if tensor is not original:
-                original.copy_(tensor)
+        if used is not originals:
+            for original, tensor in zip(originals, used, strict=True):
+                if tensor is not original:
+                    original.copy_(tensor)
 
 
-def _local(tensor: Tensor, param: Tensor) -> Tensor:
-    # This process's shard of a DTensor, which torch's kernels do not all take; a step is the same element by element.
+def _best_kernel(params: list[Tensor], needs_one_pass: bool, differentiable: bool) -> tuple[bool, bool]:
+    # Whether to take the fused kernel, and whether foreach. On the CPU the fused kernel is the only one that reads and
+    # writes each number once when there is more to a step than p − ηg, and foreach the one without a loop in Python.
+    if params[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        is_supported, _ = _default_to_fused_or_foreach(params, differentiable, use_fused=True)
+        if is_supported:
+            return needs_one_pass, not needs_one_pass
+    return _default_to_fused_or_foreach(params, differentiable)
+
+
+def _local(params: list[Tensor], *others: list[Tensor]) -> list[list[Tensor]]:
+    # This process's shards of DTensors, which torch's kernels do not all take; a step is the same element by element.
+    if not any(hasattr(p, "to_local") for p in params):
+        return [params, *others]
+    return [[_shard(tensor, p) for tensor, p in zip(tensors, params, strict=False)] for tensors in (params, *others)]
+
+
+def _shard(tensor: Tensor, param: Tensor) -> Tensor:
     if not hasattr(tensor, "to_local"):
         return tensor
     same = tensor.placements == param.placements
     return (tensor if same else tensor.redistribute(placements=param.placements)).to_local()
 
 
-def _laid_out_like(params: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
+def _laid_out_like(params: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
     # The fused kernel walks memory without looking at strides: on parameters with gaps, or operands in another order
     # than their parameter, it would silently write wrong values. So these are copied, and only these.
     return [
         tensor if _same_layout(param, tensor) else torch.empty_like(param).copy_(tensor)
         for param, tensor in zip(params, tensors, strict=False)  # no buffers without momentum
     ]
+
+
+def _plainly_laid_out(tensors: list[Tensor]) -> bool:
+    # Whether no two can differ in layout or type: nearly always, and quickly seen.
+    return all(map(Tensor.is_contiguous, tensors)) and len({tensor.dtype for tensor in tensors}) == 1
 
 
 def _same_layout(param: Tensor, tensor: Tensor) -> bool:

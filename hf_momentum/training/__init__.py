@@ -2,6 +2,7 @@
 
 from hf_momentum.training.arguments import FewShotArguments, MomentumTrainingArguments, RecipeTrainingArguments
 from hf_momentum.training.callbacks import (
+    FusedBackwardCallback,
     HyperparameterLogCallback,
     LogFirstCallbacks,
     LRMilestonesCallback,
@@ -17,6 +18,7 @@ from hf_momentum.training.trainer_kwargs import OptimizerFactory, trainer_kwargs
 
 __all__ = [
     "FewShotArguments",
+    "FusedBackwardCallback",
     "HyperparameterLogCallback",
     "LRMilestonesCallback",
     "LogFirstCallbacks",

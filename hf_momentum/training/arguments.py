@@ -9,13 +9,14 @@ from transformers.training_args import OptimizerNames
 
 from hf_momentum.errors import UserError
 from hf_momentum.optim import MOMENTUM_SCHEDULES, get_optimizer_info, list_optimizers
+from hf_momentum.training.callbacks.fused_backward import check_fused_backward, check_takes_fused_backward
 from hf_momentum.training.callbacks.lr_milestones import check_milestones
 from hf_momentum.training.callbacks.momentum_schedule import get_schedule
 from hf_momentum.training.optimizers import build_optimizer
 
 TRAINER_DEFAULT_LR = 5e-5
 LR_FORMS = ("effective", "heavy_ball")
-_OUR_FIELDS = ("momentum", "ell", "lr_form", "momentum_schedule", "momentum_schedule_kwargs")
+_OUR_FIELDS = ("momentum", "ell", "lr_form", "momentum_schedule", "momentum_schedule_kwargs", "fused_backward")
 
 
 def is_our_optimizer(name: str) -> bool:
@@ -66,6 +67,7 @@ class MomentumTrainingArguments(TrainingArguments):
         ell: ℓ of `svag`, a real number of at least 1; the learning rate stays η, training runs at η/ℓ.
         momentum_schedule: Name of a schedule of β for `sgdm`, in place of `momentum`.
         momentum_schedule_kwargs: Its keywords, as a dict or JSON text.
+        fused_backward: Whether `sgd` steps during the backward pass, see `FusedBackwardCallback`.
         lr_milestones: Fractions of the training at which the learning rate is multiplied by `lr_decay`, with any
             optimizer; for `lr_scheduler_type` constant or constant_with_warmup.
         lr_decay: The factor.
@@ -106,6 +108,13 @@ class MomentumTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": """Keywords of --momentum_schedule as JSON, such as '{"start": 0.5, "end": 0.9}'."""},
     )
+    fused_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "sgd: update each parameter during the backward pass, as soon as its gradient is there, and free "
+            "the gradient. For one process without accumulation; needs --max_grad_norm 0."
+        },
+    )
     lr_milestones: list[float] | None = field(
         default=None,
         metadata={
@@ -125,6 +134,8 @@ class MomentumTrainingArguments(TrainingArguments):
             self._check_foreign(name)
         super().__post_init__()
         self.optim = name
+        if self.fused_backward:
+            check_fused_backward(self)
         if self.lr_milestones:
             check_milestones(self.lr_milestones, self.lr_decay, SchedulerType(self.lr_scheduler_type).value)
 
@@ -139,6 +150,8 @@ class MomentumTrainingArguments(TrainingArguments):
             if getattr(self, key) is not None and key not in get_optimizer_info(name).hyperparameters:
                 takers = [taker for taker in list_optimizers() if key in get_optimizer_info(taker).hyperparameters]
                 raise UserError(f"{key}={getattr(self, key)}: {name} has none. It belongs to {', '.join(takers)}.")
+        if self.fused_backward:
+            check_takes_fused_backward(name)
         if self.learning_rate is None:
             raise UserError(
                 f"{name} needs a learning rate: SGD's lies far above the Trainer's default of 5e-5. Give "
@@ -152,8 +165,11 @@ class MomentumTrainingArguments(TrainingArguments):
             raise UserError("momentum_schedule_kwargs needs a momentum_schedule. Name the schedule too.")
         build_optimizer([torch.zeros(1, requires_grad=True)], optim=name, lr=self.learning_rate, **settings)
 
+    def _was_given(self, key: str) -> bool:
+        return getattr(self, key) is not None and getattr(self, key) is not False
+
     def _check_foreign(self, name: str) -> None:
-        given = [f"{key}={getattr(self, key)}" for key in _OUR_FIELDS if getattr(self, key) is not None]
+        given = [f"{key}={getattr(self, key)}" for key in _OUR_FIELDS if self._was_given(key)]
         if given:
             raise UserError(
                 f"{', '.join(given)} would be ignored by the Trainer's {name}. "
@@ -198,7 +214,7 @@ class RecipeTrainingArguments(MomentumTrainingArguments):
         ours = [name for name in names if is_our_optimizer(name)]
         self.optim = ours[0] if ours else names[0]
         for key in _OUR_FIELDS:
-            if getattr(self, key) is not None and not any(self._takes(name, key) for name in names):
+            if self._was_given(key) and not any(self._takes(name, key) for name in names):
                 raise UserError(f"--{key} was given, but none of {', '.join(names)} takes it.")
         super().__post_init__()
         self.optim = names
@@ -207,6 +223,8 @@ class RecipeTrainingArguments(MomentumTrainingArguments):
     def _takes(name: str, key: str) -> bool:
         if key in ("momentum_schedule", "momentum_schedule_kwargs"):
             return name == "sgdm"
+        if key == "fused_backward":
+            return name == "sgd"
         return is_our_optimizer(name) and (key == "lr_form" or key in get_optimizer_info(name).hyperparameters)
 
     def _check_ours(self, name: str) -> None:
@@ -226,7 +244,7 @@ class RecipeTrainingArguments(MomentumTrainingArguments):
             Checked arguments.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        values |= {key: None for key in _OUR_FIELDS if not self._takes(optim, key)}
+        values |= {f.name: f.default for f in fields(self) if f.name in _OUR_FIELDS and not self._takes(optim, f.name)}
         return MomentumTrainingArguments(**values | {"optim": optim} | changes)
 
 

@@ -16,6 +16,11 @@ from hf_momentum.training.arguments import (
     check_optimizer_name,
     is_our_optimizer,
 )
+from hf_momentum.training.callbacks.fused_backward import (
+    FusedBackwardCallback,
+    check_fused_backward,
+    check_takes_fused_backward,
+)
 from hf_momentum.training.callbacks.guard import MomentumGuard
 from hf_momentum.training.callbacks.lr_milestones import LRMilestonesCallback
 from hf_momentum.training.callbacks.momentum_schedule import MomentumScheduleCallback, get_schedule
@@ -32,6 +37,7 @@ _SHARED = {  # keyword of trainer_kwargs → field of the training arguments
     "weight_decay": "weight_decay",
     "momentum_schedule": "momentum_schedule",
     "momentum_schedule_kwargs": "momentum_schedule_kwargs",
+    "fused_backward": "fused_backward",
 }
 
 
@@ -66,6 +72,7 @@ class OptimizerFactory:
                 optimizer since the callbacks were made.
         """
         settings = merge_settings(args, given)
+        settings.pop("fused_backward", None)  # the callback's
         if (svag is not None) != (settings["optim"] == "svag"):
             raise UserError(
                 f"optim is {settings['optim']!r} now, but the callbacks were made for another optimizer. "
@@ -89,6 +96,7 @@ def trainer_kwargs(
     weight_decay: float | None = None,
     momentum_schedule: str | MomentumSchedule | None = None,
     momentum_schedule_kwargs: dict[str, Any] | None = None,
+    fused_backward: bool | None = None,
     override: bool = False,
     allow_clipping: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
@@ -119,6 +127,9 @@ def trainer_kwargs(
         momentum_schedule: β over the steps, for `sgdm`, in place of `momentum`: a name of `MOMENTUM_SCHEDULES`, or a
             function of step, total steps and learning rate.
         momentum_schedule_kwargs: Keywords of a schedule that is named, such as `{"start": 0.5, "end": 0.9}`.
+        fused_backward: Make the steps of `sgd` during the backward pass, each parameter as soon as its gradient is
+            there, which is then freed; see `FusedBackwardCallback`. Needs one process, one backward pass per step and
+            `max_grad_norm=0`.
         override: After a resume go on with these hyperparameters where the checkpoint has others, instead of raising.
         allow_clipping: Let SVAG run with `max_grad_norm > 0`.
         callbacks: Your own, which go after ours. Give them here: only the list that comes back, given to the Trainer
@@ -143,6 +154,7 @@ def trainer_kwargs(
         "weight_decay": weight_decay,
         "momentum_schedule": momentum_schedule,
         "momentum_schedule_kwargs": momentum_schedule_kwargs,
+        "fused_backward": fused_backward,
     }
     given = {key: value for key, value in given.items() if value is not None}
     if getattr(args, "lr_milestones", None):
@@ -156,8 +168,11 @@ def trainer_kwargs(
         raise UserError(f"{min(given)} is of no use to the Trainer's own {name}. Name the optimizer: optim=.")
     if not own:
         settings = merge_settings(args, given)
+        fused = settings.pop("fused_backward", False)
+        if fused and args is not None:
+            check_fused_backward(args)
         build_optimizer([nn.Parameter(torch.zeros(1))], **settings)  # a mistake shows now, not in train()
-        ours = [MomentumGuard(override=override), *_callbacks(settings, allow_clipping)]
+        ours = [MomentumGuard(override=override), *_callbacks(settings, allow_clipping, fused)]
         svag = ours[1] if settings["optim"] == "svag" else None
         kwargs["optimizer_cls_and_kwargs"] = (OptimizerFactory, {"args": args, "svag": svag, **given})
         kwargs["callbacks"] = LogFirstCallbacks([*ours, HyperparameterLogCallback(), *callbacks])
@@ -168,7 +183,9 @@ def trainer_kwargs(
     return kwargs
 
 
-def _callbacks(settings: dict[str, Any], allow_clipping: bool) -> list[TrainerCallback]:
+def _callbacks(settings: dict[str, Any], allow_clipping: bool, fused: bool) -> list[TrainerCallback]:
+    if fused:
+        return [FusedBackwardCallback()]
     if settings["optim"] == "svag":
         from hf_momentum.training.callbacks.svag import SVAGCallback
 
@@ -215,6 +232,8 @@ def merge_settings(args: TrainingArguments | None, given: dict[str, Any]) -> dic
         raise UserError(f"Name the optimizer: optim= one of {', '.join(list_optimizers())}.")
     if settings.get("lr") is None:
         raise UserError("Give a learning rate: lr=, or learning_rate in the training arguments.")
+    if settings.get("fused_backward"):
+        check_takes_fused_backward(settings["optim"])
     schedule, kwargs = settings.get("momentum_schedule"), settings.pop("momentum_schedule_kwargs", None)
     if schedule is not None:
         settings["momentum_schedule"] = get_schedule(schedule, kwargs)
@@ -230,5 +249,6 @@ def _chosen(args: TrainingArguments | None, field: str) -> Any:
         "optim": value is not None and not is_our_optimizer(str(value)),
         "learning_rate": value == TRAINER_DEFAULT_LR and not isinstance(args, MomentumTrainingArguments),
         "weight_decay": value == 0.0,
+        "fused_backward": value is False,
     }
     return None if unset.get(field) else value

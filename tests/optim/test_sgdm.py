@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 
 from hf_momentum.errors import UserError
-from hf_momentum.optim import SGDM
+from hf_momentum.optim import SGDM, sgdm
 from hf_momentum.optim.sgdm import reference_sgdm_step
 
 KERNELS = {
@@ -112,6 +112,26 @@ def test_without_momentum_it_is_torchs_sgd_bit_by_bit_and_has_no_state(kernel):
         assert len(ours.state) == 0
     assert ours.state_dict()["state"] == {}
     assert ours.param_groups[0]["keep_buffer"] is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "expected"),
+    [
+        ({"momentum": 0.9}, torch.float32, (True, False)),
+        ({"momentum": 0.0, "weight_decay": 0.1}, torch.bfloat16, (True, False)),
+        ({"momentum": 0.0}, torch.float32, (False, True)),
+        ({"momentum": 0.9}, torch.complex64, (False, False)),
+        ({"momentum": 0.9, "differentiable": True}, torch.float32, (False, False)),
+        ({"momentum": 0.9, "fused": False}, torch.float32, (False, None)),
+    ],
+)
+def test_the_default_kernel_on_the_cpu_is_the_fastest(monkeypatch, settings, dtype, expected):
+    chosen = []
+    monkeypatch.setattr(sgdm, "sgd", lambda *_, fused, foreach, **__: chosen.append((fused, foreach)))
+    p = Parameter(torch.ones(2, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    SGDM([p], lr=0.1, **settings).step()
+    assert chosen == [expected]
 
 
 def test_momentum_raised_before_the_first_step_is_kept():

@@ -5,6 +5,7 @@ import importlib
 _EXPORTS = {
     "BestWeightsCallback": "best_weights",
     "EpochCallback": "epoch",
+    "FusedBackwardCallback": "fused_backward",
     "HyperparameterLogCallback": "trackers",
     "LRMilestonesCallback": "lr_milestones",
     "LogFirstCallbacks": "trackers",

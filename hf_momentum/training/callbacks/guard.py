@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_momentum.errors import UserError
+from hf_momentum.optim import remove_fused_backward
 from hf_momentum.training.loss_scaling import trainer_misreads_loss
 from hf_momentum.training.optimizers import (
     hyperparameters_of,
@@ -177,6 +178,7 @@ class MomentumGuard(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
         """Make all checks."""
+        remove_fused_backward(model.parameters())  # of a training that was interrupted
         inner = self._inner = self._identify(optimizer)
         self._check_new(inner, state)
         check_loss_scaling(args, trainer_misreads_loss(model) if self._misread is None else self._misread)
