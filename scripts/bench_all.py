@@ -18,7 +18,7 @@ from rich.console import Console
 FOLDER = Path(__file__).parent
 SMALL = {  # what makes a script small; one that is not named is small by itself
     "bench_dynamics": ["--paths", "50000", "--rounds", "5"],
-    "bench_fewshot": ["--steps", "10", "--test", "64"],
+    "bench_fewshot": ["--k", "8", "--steps", "10", "--test", "32"],
     "bench_grid": ["--seeds", "13", "--steps", "10"],
     "bench_images": ["--images", "5120", "--rounds", "3"],
     "bench_optim": ["--shapes", "demo"],
