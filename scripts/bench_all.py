@@ -17,10 +17,13 @@ from rich.console import Console
 
 FOLDER = Path(__file__).parent
 SMALL = {  # what makes a script small; one that is not named is small by itself
+    "bench_curvature": ["--rounds", "1"],
     "bench_dynamics": ["--paths", "50000", "--rounds", "5"],
     "bench_fewshot": ["--k", "8", "--steps", "10", "--test", "32"],
     "bench_grid": ["--seeds", "13", "--steps", "10"],
     "bench_images": ["--images", "5120", "--rounds", "3"],
+    "bench_masked_lm": ["--rounds", "5"],
+    "bench_memory": ["--size", "small", "--allocators", "fixed"],
     "bench_optim": ["--shapes", "demo"],
     "bench_overhead": ["--pairs", "5", "--steps", "10"],
     "bench_startup": ["--rounds", "1"],
