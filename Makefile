@@ -60,9 +60,4 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
 
 bench: $(VENV)/.demo $(VENV)/.vision
-	$(BIN)/python scripts/bench_optim.py --shapes demo
-	$(BIN)/python scripts/bench_masked_lm.py
-	$(BIN)/python scripts/bench_overhead.py
-	$(BIN)/python scripts/bench_dynamics.py
-	$(BIN)/python scripts/bench_curvature.py
-	$(BIN)/python scripts/bench_images.py
+	$(BIN)/python scripts/bench_all.py $(ARGS)

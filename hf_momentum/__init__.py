@@ -1,6 +1,27 @@
 """SGD, SGD with momentum and SVAG as first-class optimizers for the Hugging Face Trainer."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers: what `__getattr__` imports when it is first used
+    from hf_momentum.optim import (
+        SGDM,
+        averaged_lr,
+        create_optimizer,
+        effective_lr,
+        heavy_ball_lr,
+        list_optimizers,
+        svag_coefficients,
+        svag_hyperparameters,
+    )
+    from hf_momentum.training import (
+        LRMilestonesCallback,
+        MomentumGuard,
+        MomentumTrainingArguments,
+        svag_arguments,
+        trainer_kwargs,
+    )
+    from hf_momentum.training.callbacks import ModelCardCallback
 
 __version__ = "0.1.0"
 
@@ -21,7 +42,23 @@ _EXPORTS = {
     "trainer_kwargs": "hf_momentum.training",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]
+__all__ = [
+    "SGDM",
+    "LRMilestonesCallback",
+    "ModelCardCallback",
+    "MomentumGuard",
+    "MomentumTrainingArguments",
+    "__version__",
+    "averaged_lr",
+    "create_optimizer",
+    "effective_lr",
+    "heavy_ball_lr",
+    "list_optimizers",
+    "svag_arguments",
+    "svag_coefficients",
+    "svag_hyperparameters",
+    "trainer_kwargs",
+]
 
 
 def __getattr__(name: str):

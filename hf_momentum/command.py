@@ -122,6 +122,7 @@ def run_command(main: Callable[[Sequence[str]], None]) -> None:
     """
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    gc.freeze()  # the imports' objects stay: no collection between two runs has to walk through them again
     try:
         record(main)(sys.argv[1:])  # tells torchrun what went wrong
         leave_process_group()

@@ -52,8 +52,9 @@ from hf_momentum.training.command_line import (
     parse_arguments,
 )
 from hf_momentum.training.environment import data_source, hardware, hub_model, learning_curve
-from hf_momentum.training.fewshot_model import build_model, load_tokenizer
+from hf_momentum.training.fewshot_model import load_tokenizer
 from hf_momentum.training.grid import Grid, read_grid
+from hf_momentum.training.initial_models import InitialModels
 from hf_momentum.training.memory import optimizer_state_bytes, peak_memory_bytes, reset_peak_memory
 from hf_momentum.training.protocol import (
     Group,
@@ -132,22 +133,29 @@ class TaskRuns:
     task: Task
     data: TaskData
     tokenizer: PreTrainedTokenizerBase
+    models: InitialModels
     groups: list[Group]
     store: RunStore
     publisher: Publisher
     about: dict[str, Any]  # what every record says besides: the data's source, the hardware, the command
 
-    def tokenise(self) -> None:
-        """Tokenise the splits, once for all runs; those to evaluate on are sorted by length."""
+    def tokenise(self, previous: "TaskRuns | None") -> None:
+        """Tokenise the splits, once for all runs; those to evaluate on are sorted by length.
+
+        The test split is taken over from the previous seed where it is the same.
+        """
         encoder = (PromptEncoder if self.few.tuning == "prompt" else ClassifierEncoder)(self.task, self.tokenizer)
         labels = self.task.labels
         self.train_rows = encode_examples(encoder, self.data.train, labels)
         self.dev_rows = encode_examples(encoder, self.data.dev, labels, sort_by_length=True)
-        self.test_rows = encode_examples(encoder, self.data.test, labels, sort_by_length=True)
+        if previous is not None and previous.task is self.task and previous.data.test == self.data.test:
+            self.test_rows = previous.test_rows
+        else:
+            self.test_rows = encode_examples(encoder, self.data.test, labels, sort_by_length=True)
 
     def build_trainer(self, run: Run, progress: Progress) -> Trainer:
         """A stock Trainer, with our optimizer splatted in and the best weights kept."""
-        model = build_model(self.few, self.task, self.tokenizer, run.arguments.seed)
+        model = self.models.load(self.task, run.arguments.seed, run.arguments)
         arguments, callbacks = run.arguments, [RunProgressCallback(progress, f"  {run.label}")]
         if under_deepspeed(arguments):
             arguments = dataclasses.replace(arguments, output_dir=str(self.checkpoints(run)))
@@ -273,7 +281,7 @@ def plan(
     tasks = [get_task(name) for name in few.task]
     if len({task.name for task in tasks}) < len(tasks):
         raise UserError(f"Two tasks share a name: {', '.join(task.name for task in tasks)}. Rename one in its file.")
-    planned, devices = [], hardware(training.device)
+    planned, devices, models = [], hardware(training.device), InitialModels(few, tokenizer)
     for task in tasks:
         if few.tuning == "prompt":
             label_word_ids(task, tokenizer)
@@ -291,8 +299,8 @@ def plan(
             draw = identifier({"train": data.train, "dev": data.dev})
             groups = plan_groups(training, grid, common, seed, draw)
             publisher.groups += groups
-            planned.append(TaskRuns(few, task, data, tokenizer, groups, store, publisher, about))
-    build_model(few, tasks[0], tokenizer, few.seeds[0])
+            planned.append(TaskRuns(few, task, data, tokenizer, models, groups, store, publisher, about))
+    models.load(tasks[0], few.seeds[0], training)
     return planned
 
 
@@ -315,8 +323,8 @@ def main(argv: Sequence[str]) -> None:
     zero_shot = few.tuning == "prompt" and few.zero_shot and not is_sharded(training)
     with run_progress(console, disable=not first) as progress:
         overall = progress.add_task("runs", total=sum(len(group.runs) for runs in planned for group in runs.groups))
-        for runs in planned:
-            runs.tokenise()
+        for previous, runs in zip([None, *planned], planned, strict=False):
+            runs.tokenise(previous)
             if zero_shot:
                 runs.test_untrained(progress)
             for group in runs.groups:

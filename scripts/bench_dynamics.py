@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from benchmark import Goal, report
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -149,6 +150,11 @@ def main() -> None:
         rate, floor = args.paths * args.steps / median / 1e6, median / medians[FLOOR]
         table.add_row(name, f"{rate:.3g}", f"{floor:.2f}", f"{median / medians['SGDM: ours']:.2f}")
     Console().print(table)
+    goals = [Goal("SGDM on many paths / drawing its normals", medians["SGDM: ours"] / medians[FLOOR], 2)]
+    if "SME: torchsde, Euler" in medians:
+        ratio = medians["SME: torchsde, Euler"] / medians["SGDM: ours"]
+        goals.append(Goal("torchsde's Euler on many paths / SGDM, ours", ratio, 5, at_least=True))
+    report(goals)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import tempfile
 import time
 
 import torch
+from benchmark import Goal, report
 from rich.console import Console
 from rich.progress import track
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, Trainer, TrainingArguments
@@ -74,7 +75,8 @@ def main() -> None:
         ratios.append(times[True] / times[False])
     median, low, high = statistics.median(ratios), min(ratios), max(ratios)
     text = f"{args.size} model, {args.steps} steps, {args.pairs} pairs: ours / torch's"
-    Console().print(f"{text} = {median:.3f} (median; {low:.3f} to {high:.3f}; goal ≤ 1.02)")
+    Console().print(f"{text} = {median:.3f} (median; {low:.3f} to {high:.3f})")
+    report([Goal("Trainer with our optimizer and callbacks / with torch's SGD", median, 1.02)])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy  # loads its slow modules when they are first used
 
 from hf_momentum.errors import UserError
 
@@ -64,7 +64,7 @@ class Jackknifed:
     @property
     def quantile(self) -> float:
         """Student's t for the intervals, with n − 1 degrees of freedom."""
-        return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(self.left_out) - 1))
+        return float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(self.left_out) - 1))
 
     def covariance(self, other: "Jackknifed") -> float:
         """Give the jackknife covariance with a statistic of the same data: `(n−1)/n Σ (θ₋ᵢ − θ̄)(φ₋ᵢ − φ̄)`.

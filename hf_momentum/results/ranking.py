@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy  # loads its slow modules when they are first used
 
 from hf_momentum.errors import UserError
 
@@ -96,7 +96,7 @@ def paired_auc_interval(
 
 def _areas(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """AUC of each row, `(rows, cells)` → `(rows,)`."""
-    ranks = stats.rankdata(scores, axis=1)
+    ranks = scipy.stats.rankdata(scores, axis=1)
     positives = labels.sum(1)
     surplus = (ranks * labels).sum(1) - positives * (positives + 1) / 2
     return surplus / (positives * (labels.shape[1] - positives))

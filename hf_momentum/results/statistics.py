@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import integrate, stats
+import scipy  # loads its slow modules when they are first used
 
 EQUIVALENT, DIFFERENT, UNDECIDED = "equivalent", "different", "undecided"
 _WITHIN, _NEITHER = "within the margin", "neither within the margin nor away from 0"
@@ -81,7 +81,7 @@ def paired_difference(
     if len(seeds) > 1:
         std = float(differences.std(ddof=1))
         if std > 0:
-            half = float(stats.t.ppf((1 + confidence) / 2, len(seeds) - 1)) * std / math.sqrt(len(seeds))
+            half = float(scipy.stats.t.ppf((1 + confidence) / 2, len(seeds) - 1)) * std / math.sqrt(len(seeds))
     return PairedDifference(mean, mean - half, mean + half, seeds, confidence, std)
 
 
@@ -115,7 +115,9 @@ def bootstrap_interval(
     if len(differences) < 2 or differences.std() == 0:
         return -math.inf, math.inf
     options = {"n_resamples": resamples, "confidence_level": confidence, "method": "BCa"}
-    interval = stats.bootstrap((differences,), np.mean, **options, rng=np.random.default_rng(seed)).confidence_interval
+    interval = scipy.stats.bootstrap(
+        (differences,), np.mean, **options, rng=np.random.default_rng(seed)
+    ).confidence_interval
     return float(interval.low), float(interval.high)
 
 
@@ -191,7 +193,7 @@ def equivalence(
         reason = "one seed has no spread" if count == 1 else f"all {count} differences are the same: no spread"
         nothing = (-math.inf, math.inf, math.nan, math.nan)
         return Equivalence(mean, *nothing, margin, alpha, seeds, UNDECIDED, reason)
-    law = stats.t(count - 1)
+    law = scipy.stats.t(count - 1)
     p_lower, p_upper = float(law.sf((mean + margin) / error)), float(law.cdf((mean - margin) / error))
     verdict, reason = _judge(mean, law.ppf(1 - alpha / 2) * error, margin, max(p_lower, p_upper) < alpha)
     half = float(law.ppf(1 - alpha)) * error
@@ -227,16 +229,16 @@ def equivalence_power(
         A probability.
     """
     degrees, error = seeds - 1, std_of_differences / math.sqrt(seeds)
-    quantile = float(stats.t.ppf(1 - alpha, degrees))
+    quantile = float(scipy.stats.t.ppf(1 - alpha, degrees))
 
     def integrand(chi: float) -> float:
         room = margin - quantile * error * chi / math.sqrt(degrees)
-        inside = stats.norm.cdf((room - difference) / error) - stats.norm.cdf((-room - difference) / error)
-        return float(inside * stats.chi.pdf(chi, degrees))
+        inside = scipy.stats.norm.cdf((room - difference) / error) - scipy.stats.norm.cdf((-room - difference) / error)
+        return float(inside * scipy.stats.chi.pdf(chi, degrees))
 
-    low, high = stats.chi.ppf((1e-12, 1 - 1e-12), degrees)
+    low, high = scipy.stats.chi.ppf((1e-12, 1 - 1e-12), degrees)
     high = min(high, margin * math.sqrt(degrees) / (quantile * error))
-    return integrate.quad(integrand, low, high, limit=200)[0] if high > low else 0.0
+    return scipy.integrate.quad(integrand, low, high, limit=200)[0] if high > low else 0.0
 
 
 def seeds_needed(
@@ -294,8 +296,8 @@ def reference_equivalence(differences: Sequence[float], margin: float, alpha: fl
     Returns:
         The larger p-value, and whether both tests reject.
     """
-    lower = stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
-    upper = stats.ttest_1samp(differences, margin, alternative="less").pvalue
+    lower = scipy.stats.ttest_1samp(differences, -margin, alternative="greater").pvalue
+    upper = scipy.stats.ttest_1samp(differences, margin, alternative="less").pvalue
     return float(max(lower, upper)), bool(lower < alpha and upper < alpha)
 
 

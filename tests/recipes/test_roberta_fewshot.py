@@ -126,6 +126,27 @@ def test_the_whole_protocol_and_its_resumption(main, command, tmp_path, capsys):
     assert again[again.index("Test accuracy") :] == output[output.index("Test accuracy") :]
 
 
+@pytest.mark.parametrize(
+    ("seeds", "changes"), [((13, 21), {"tuning": "prompt"}), ((13,), {"tuning": "classifier", "peft": "lora"})]
+)
+def test_a_grid_in_one_process_gives_the_records_of_single_commands(main, command, tmp_path, seeds, changes):
+    file = grid(tmp_path, "learning_rate: [0.3, 0.1]\n")
+    main(
+        command(
+            output_dir=tmp_path / "grid", grid=file, learning_rate=None, seeds=" ".join(map(str, seeds)), **changes
+        )
+    )
+    together = {line["run_id"]: line for line in records(tmp_path / "grid") if line["stage"] == "dev"}
+    for seed in seeds:
+        for rate in (0.3, 0.1):
+            main(command(output_dir=tmp_path / "single", learning_rate=rate, seeds=seed, **changes))
+    alone = {line["run_id"]: line for line in records(tmp_path / "single") if line["optim"] == "sgdm"}
+    assert len(together) == 2 * len(seeds)
+    for name, line in together.items():
+        fields = ("dev_accuracy", "train_loss", "curve", "steps", "optimizer_state_bytes")
+        assert [line[field] for field in fields] == [alone[name][field] for field in fields]
+
+
 def test_killed_and_started_again_it_ends_with_the_same_records(main, command, tmp_path):
     file = grid(tmp_path, "learning_rate: [0.3, 0.1, 0.01]\n")
     changes = {"grid": file, "learning_rate": None, "max_steps": 30}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from hf_momentum.tasks.metrics import compute_metrics, load_metric
+from hf_momentum.tasks.metrics import accuracy_and_f1, compute_metrics, load_metric
 
 SCORES = np.eye(3)[[0, 0, 1, 2, 1]]
 LABELS = np.array([0, 1, 1, 2, 2])
@@ -31,6 +31,17 @@ def test_values_are_plain_floats():
     assert {type(value) for value in compute_metrics(EvalPrediction(SCORES, LABELS)).values()} == {float}
 
 
+@pytest.mark.parametrize("classes", [2, 3, 6])
+def test_the_direct_values_are_those_of_the_metric(classes):
+    generator = np.random.default_rng(classes)
+    for count in (1, 4, 60):
+        predictions, references = generator.integers(classes, size=(2, count))
+        expected = load_metric().compute(predictions=predictions, references=references)
+        direct = accuracy_and_f1(predictions, references)
+        assert direct["accuracy"] == expected["accuracy"]
+        assert direct["f1"] == pytest.approx(expected["f1"], abs=1e-15)
+
+
 def test_it_is_an_evaluate_metric():
     import evaluate
 
@@ -48,6 +59,7 @@ def test_instances_share_no_file():
     assert first.compute()["accuracy"] == 1.0
 
 
-def test_importing_the_module_does_not_import_evaluate():
-    code = "import sys, hf_momentum.tasks.metrics; sys.exit(any(m in sys.modules for m in ('evaluate', 'sklearn')))"
+def test_scoring_does_not_import_evaluate():
+    code = "import sys, numpy; from hf_momentum.tasks.metrics import accuracy_and_f1; ones = numpy.ones(3, int)\n"
+    code += "accuracy_and_f1(ones, ones); sys.exit(any(m in sys.modules for m in ('evaluate', 'sklearn')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
