@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from benchmark import Goal, report
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -58,7 +59,7 @@ CASES = {  # "update: whose"; + decay is with weight decay
     "SGDM: ours": lambda p: SGDM(p, lr=1e-2, momentum=0.9),
     "AdamW: torch, fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
 }
-GOALS = {"floor": {"SGD: ours": 1.15}, "best": {name: 1.02 for name in CASES if name.endswith("ours")}}
+OURS = tuple(name for name in CASES if name.endswith("ours"))
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
@@ -95,11 +96,6 @@ def torchs_best(seconds: dict[str, list[float]], name: str) -> str:
     return min(same or [name], key=lambda other: statistics.median(seconds[other]))
 
 
-def judged(value: float, goal: float | None) -> str:
-    """A ratio, beside its goal if it has one."""
-    return f"{value:.3f}" if goal is None else f"{value:.3f} {'≤' if value <= goal else '>'} {goal}"
-
-
 def main() -> None:
     """Time all cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,13 +113,18 @@ def main() -> None:
         title=f"{count:.1f} M parameters on {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{args.rounds} rounds, {kind}"
     )
-    for column in ("step", "median ms", "× floor", "× torch's best"):  # each with its goal
+    for column in ("step", "median ms", "× floor", "× torch's best"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, times in seconds.items():
-        floor = judged(ratio(seconds, name, FLOOR), GOALS["floor"].get(name))
-        best = judged(ratio(seconds, name, torchs_best(seconds, name)), GOALS["best"].get(name))
-        table.add_row(name, f"{1e3 * statistics.median(times):.2f}", floor, "" if name == FLOOR else best)
+        floor, best = ratio(seconds, name, FLOOR), ratio(seconds, name, torchs_best(seconds, name))
+        milliseconds = f"{1e3 * statistics.median(times):.2f}"
+        table.add_row(name, milliseconds, f"{floor:.3f}", "" if name == FLOOR else f"{best:.3f}")
     Console().print(table)
+    goals = [Goal("step of SGD / flat p.add_(g)", ratio(seconds, "SGD: ours", FLOOR), 1.15)]
+    for name in OURS:
+        update = name.split(":")[0]
+        goals.append(Goal(f"step of {update} / torch's best", ratio(seconds, name, torchs_best(seconds, name)), 1.02))
+    report(goals)
 
 
 if __name__ == "__main__":

@@ -82,5 +82,5 @@ def goals_table(goals: Iterable[Goal]) -> Table:
         table.add_column(column, justify="left" if column == "measured" else "right")
     for goal in goals:
         bound = f"{'≥' if goal.at_least else '≤'} {goal.limit:g} {goal.unit}"
-        table.add_row(goal.name, f"{goal.value:.2f} {goal.unit}", bound, "yes" if goal.met else "NO")
+        table.add_row(goal.name, f"{goal.value:.3g} {goal.unit}", bound, "yes" if goal.met else "NO")
     return table
