@@ -313,7 +313,7 @@ def main(argv: Sequence[str]) -> None:
     logging.disable_progress_bar()
     if few.model == "demo" and few.tuning == "classifier":
         console.print(
-            "The demo model has no masked-LM head: classifier tuning. Its tasks are stand-ins, not SST or NLI."
+            "The demo: classifier tuning, unless --tuning prompt is given. Its tasks are stand-ins, not SST or NLI."
         )
     if "svag" in training.optim:
         console.print("Beside svag no gradient is clipped, in any row of this command (max_grad_norm 0).")

@@ -7,13 +7,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from hf_momentum.errors import UserError, require_extra
 from hf_momentum.tasks.demo import demo_model_path
+from hf_momentum.tasks.demo_mlm import demo_masked_lm_path
 from hf_momentum.tasks.masked_lm import LabelWordHead, load_masked_lm
 from hf_momentum.tasks.prompts import Task, label_word_ids
 from hf_momentum.training.arguments import FewShotArguments
 
 
 def model_path(few: FewShotArguments) -> str:
-    """The folder or Hub id to load; the demo is fetched on first use.
+    """The folder or Hub id to load; the demo is fetched on first use, and for prompts given its masked-LM head.
 
     Args:
         few: The protocol's arguments.
@@ -21,7 +22,9 @@ def model_path(few: FewShotArguments) -> str:
     Returns:
         What `from_pretrained` takes.
     """
-    return str(demo_model_path()) if few.model == "demo" else few.model
+    if few.model != "demo":
+        return few.model
+    return str(demo_masked_lm_path() if few.tuning == "prompt" else demo_model_path())
 
 
 def load_tokenizer(few: FewShotArguments) -> PreTrainedTokenizerBase:
