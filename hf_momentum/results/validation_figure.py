@@ -60,8 +60,10 @@ def _draw_calibration(
         )
     for scale in (axes.set_xscale, axes.set_yscale):
         scale("symlog", linthresh=_LINEAR)
-    limits = (-1.3 * _MOST, 1.3 * _MOST)
+    limits, ticks = (-1.3 * _MOST, 1.3 * _MOST), (-_MOST, -1, 0, 1, _MOST)
     axes.set(
+        xticks=ticks,
+        yticks=ticks,
         xlim=limits,
         ylim=limits,
         xlabel="predicted log(loss of SGD / of SGDM)",
@@ -78,4 +80,4 @@ def _draw_areas(axes: "Axes", areas: Mapping[str, AucComparison]) -> None:
     axes.axvline(0.5, color="0.5", linewidth=0.8, linestyle="--")
     axes.set_yticks(list(places), list(areas))
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1.03), xlabel="area under the ROC curve (95% interval)")
+    axes.set(xlim=(0, 1.03), xlabel="area under ROC curve (95%)")
