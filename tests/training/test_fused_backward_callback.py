@@ -103,7 +103,18 @@ def checkpointing(reentrant: bool) -> dict:
         {"build": tied_masked_lm, "rows": MaskedRows(), "changes": checkpointing(True)},
         {"build": lora_classifier},
     ],
-    ids=["plain", "decay", "schedule", "bf16", "bf16-weights", "reentrant", "checkpointed", "tied", "tied-reentrant", "lora"],
+    ids=[
+        "plain",
+        "decay",
+        "schedule",
+        "bf16",
+        "bf16-weights",
+        "reentrant",
+        "checkpointed",
+        "tied",
+        "tied-reentrant",
+        "lora",
+    ],
 )
 def test_every_step_is_plain_sgds(tmp_path, case):
     plain, fused = both(tmp_path, **case)
