@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def pool(recipe, monkeypatch):
     monkeypatch.setattr("hf_momentum.results.jobs.ProcessPoolExecutor", pool)
     yield pool
     torch.set_num_threads(threads)
+    logging.disable(logging.NOTSET)  # a run of its own process is silent
 
 
 def run(optim, seed, loss, regime=None, lr=1.0):

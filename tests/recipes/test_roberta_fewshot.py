@@ -19,6 +19,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from hf_momentum.errors import UserError
 from hf_momentum.tasks.prompts import get_task
 from hf_momentum.training import FewShotArguments
+from hf_momentum.training.fewshot_model import build_model
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "roberta_fewshot.py"
 VOLATILE = ("train_seconds", "dev_seconds", "eval_seconds", "peak_memory_bytes", "command")
@@ -320,14 +321,14 @@ def test_files_are_checked_like_the_command_line(main, command, tmp_path):
         main(command(config=config))
 
 
-def test_a_half_precision_checkpoint_is_trained_in_float32(recipe, model, tmp_path):
+def test_a_half_precision_checkpoint_is_trained_in_float32(model, tmp_path):
     folder = tmp_path / "bf16"
     AutoModelForMaskedLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.save_pretrained(folder)
     for tuning in ("prompt", "classifier"):
         few = FewShotArguments(model=str(folder), tuning=tuning)
-        assert recipe.build_model(few, get_task("sst-2"), tokenizer, 13).dtype == torch.float32
+        assert build_model(few, get_task("sst-2"), tokenizer, 13).dtype == torch.float32
 
 
 def test_the_demo_brings_a_rate_for_our_optimizers_only(recipe):
