@@ -175,7 +175,7 @@ def train(
         train_dataset=work.train,
         eval_dataset=work.evaluated,
         data_collator=work.collate,
-        **trainer_kwargs(model, args, callbacks=list(callbacks)),
+        **trainer_kwargs(model, args, callbacks=callbacks),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
