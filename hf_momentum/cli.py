@@ -13,6 +13,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 119},
+    rich_markup_mode=None,  # plain help: importing what draws panels takes longer than all the rest
 )
 
 
