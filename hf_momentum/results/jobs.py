@@ -51,7 +51,7 @@ def compute_missing(
     todo = {run_id: job for run_id, job in jobs.items() if run_id not in done}
     if not todo:
         return
-    threads = max(1, available_cores() // workers)
+    threads = max(1, min(torch.get_num_threads(), available_cores() // workers))  # OMP_NUM_THREADS counts
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, Progress(console=console) as progress:
         bar = progress.add_task(label, total=len(todo))

@@ -1,29 +1,22 @@
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from recipe_tools import load_recipe
 
 from hf_momentum.errors import UserError
 from hf_momentum.results.record import read_results
 from hf_momentum.tasks.images import ImageData, ImageSet, subset
 from hf_momentum.training.image_runs import last_checkpoint
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "cifar_resnet.py"
 SMALL = ["--preset", "demo", "--seeds", "0", "--num_train_epochs", "2", "--model", "cifar_resnet8", "--use_cpu"]
 
 
 @pytest.fixture(scope="module")
 def recipe():
     pytest.importorskip("timm")
-    spec = importlib.util.spec_from_file_location("recipe_cifar_resnet", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("cifar_resnet")
 
 
 @pytest.fixture

@@ -1,25 +1,17 @@
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from in_process import PoolInThisProcess
+from recipe_tools import load_recipe
 
 from hf_momentum.dynamics.studies import NAMES
 from hf_momentum.errors import UserError
 from hf_momentum.results.record import read_records
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "dynamics.py"
-
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_dynamics", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("dynamics")
 
 
 @pytest.fixture

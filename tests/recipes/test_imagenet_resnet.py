@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from backend_launch import accelerate, free_port
+from recipe_tools import command_words, load_recipe
 from safetensors.torch import load_file
 
 from hf_momentum.errors import UserError
@@ -34,10 +35,7 @@ needs_deepspeed = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("imagenet_resnet", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("imagenet_resnet")
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +74,7 @@ def command(folder, tmp_path):
             "output_dir": tmp_path / "out",
             "use_cpu": "True",
         }
-        words = []
-        for name, value in (options | changes).items():
-            words += [] if value is None else [f"--{name}", *str(value).split()]
-        return words
+        return command_words(options | changes)
 
     return build
 

@@ -1,12 +1,10 @@
-import importlib.util
 import json
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from in_process import PoolInThisProcess
+from recipe_tools import load_recipe
 from tiny_models import TokenRows, tiny_classifier
 from torch.utils.data import default_collate
 
@@ -14,16 +12,10 @@ from hf_momentum.diagnostics.regime import CURVATURE, EFFECT_FLOOR, NOISE, UNDEC
 from hf_momentum.errors import UserError
 from hf_momentum.results.record import read_records
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "regime_validation.py"
-
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipe_regime_validation", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("regime_validation")
 
 
 @pytest.fixture

@@ -1,5 +1,4 @@
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from recipe_tools import command_words, load_recipe
 from safetensors.torch import load_file
 from tiny_models import save_tiny_roberta
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -27,10 +27,7 @@ VOLATILE = ("train_seconds", "dev_seconds", "eval_seconds", "peak_memory_bytes",
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("roberta_fewshot", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_recipe("roberta_fewshot")
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +76,7 @@ def command(model, data, tmp_path):
             "output_dir": tmp_path / "out",
             "use_cpu": "True",
         }
-        words = []
-        for name, value in (options | changes).items():
-            words += [] if value is None else [f"--{name}", *str(value).split()]
-        return words
+        return command_words(options | changes)
 
     return build
 
