@@ -98,7 +98,9 @@ def print_report(report: Report, console: Console) -> None:
         console: Where to.
     """
     for sheet in report.sheets:
-        console.print(_fitted_table(sheet, console))
+        table = _fitted_table(sheet, console)
+        least = Measurement.get(console, console.options.update(width=10_000), table).minimum
+        console.print(table, width=max(least, console.width), crop=False)  # too wide a line is better than a lost cell
     for line in (*report.notes, *report.problems):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -127,7 +129,8 @@ def _rich_table(sheet: Sheet) -> Table:
             longest = max(cell_len(text) for text in (name, *(row[number] for row in sheet.rows)))
             table.add_column(escape(name), overflow="fold", min_width=min(longest, _TEXT_WIDTH))
         else:
-            table.add_column(escape(name), justify="right", no_wrap=True)
+            longest = max(map(cell_len, (*name.split(), *(row[number] for row in sheet.rows))))
+            table.add_column(escape(name), justify="right", overflow="fold", min_width=longest)
     for number, row in enumerate(sheet.rows):
         if number in sheet.sections:
             table.add_section()
