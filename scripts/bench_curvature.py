@@ -134,17 +134,9 @@ def main() -> None:
         title=f"{size / 1e6:.1f} M parameters, batch {args.batch} × {batch['input_ids'].shape[1]} tokens on "
         f"{probe.device}, {torch.get_num_threads()} threads, λ_max = {truth:.4g}"
     )
-    for column in (
-        "way",
-        "products",
-        "seconds",
-        "× ours",
-        "largest error",
-        "products to 1%",
-        "seconds to 1%",
-        "× ours",
-    ):
-        table.add_column(column, justify="left" if column == "way" else "right")
+    for column in ("way", "products", "s", "× ours", "error", "products to 1%", "s to 1%", "× ours"):
+        left = column == "way"
+        table.add_column(column, justify="left" if left else "right", no_wrap=left)
 
     def median(name: str, field: str) -> float:
         return statistics.median(getattr(outcome, field) for outcome in outcomes[name])
