@@ -1,6 +1,6 @@
 """Run every benchmark at a small size, each in a process of its own, and print one table of ratios and goals.
 
-python scripts/bench_all.py                        all of them, about a quarter of an hour on two cores
+python scripts/bench_all.py                        all of them, half an hour on two slow cores
 python scripts/bench_all.py bench_optim bench_grid     some of them
 """
 
