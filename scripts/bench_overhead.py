@@ -57,7 +57,7 @@ def seconds(model, data: list[dict], steps: int, ours: bool, callbacks: Sequence
         dataloader_pin_memory=False,
     )
     if ours:
-        kwargs = trainer_kwargs(model, args, optim="sgdm", lr=0.01, momentum=0.9, callbacks=list(callbacks))
+        kwargs = trainer_kwargs(model, args, optim="sgdm", lr=0.01, momentum=0.9, callbacks=callbacks)
     else:
         settings = {"lr": 0.01, "momentum": 0.9, "dampening": 0.9, "fused": True}
         kwargs = {"optimizer_cls_and_kwargs": (torch.optim.SGD, settings)}
