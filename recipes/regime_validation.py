@@ -45,10 +45,10 @@ from hf_momentum.results.record import identifier, package_versions, read_record
 from hf_momentum.results.statistics import paired_difference
 from hf_momentum.results.validation_figure import validation_figure
 from hf_momentum.tasks.augmentation import AugmentedImages, collate, normalisation
-from hf_momentum.tasks.encoding import encode_examples
+from hf_momentum.tasks.encoding import ClassifierEncoder, encode_examples
 from hf_momentum.tasks.image_models import build_image_model
 from hf_momentum.tasks.images import load_images, shrink
-from hf_momentum.tasks.prompts import ClassifierEncoder, get_task
+from hf_momentum.tasks.prompts import get_task
 from hf_momentum.tasks.sources import load_task_data
 from hf_momentum.training import RegimeCallback, trainer_kwargs
 from hf_momentum.training.arguments import FewShotArguments, MomentumTrainingArguments

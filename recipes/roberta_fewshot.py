@@ -36,10 +36,10 @@ from hf_momentum.command import command_line, read_yaml, run_command
 from hf_momentum.errors import UserError
 from hf_momentum.results.record import identifier, package_versions
 from hf_momentum.results.tables import print_summary
-from hf_momentum.tasks.encoding import encode_examples
+from hf_momentum.tasks.encoding import ClassifierEncoder, PromptEncoder, encode_examples, label_word_ids
 from hf_momentum.tasks.examples import TaskData
 from hf_momentum.tasks.metrics import compute_metrics
-from hf_momentum.tasks.prompts import ClassifierEncoder, PromptEncoder, Task, get_task, label_word_ids
+from hf_momentum.tasks.prompts import Task, get_task
 from hf_momentum.tasks.sources import load_fewshot
 from hf_momentum.training import FewShotArguments, RecipeTrainingArguments, trainer_kwargs
 from hf_momentum.training.arguments import TRAINER_DEFAULT_LR, is_our_optimizer

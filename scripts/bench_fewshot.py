@@ -40,10 +40,10 @@ from transformers.utils import logging
 
 from hf_momentum import trainer_kwargs
 from hf_momentum.tasks.demo import demo_model_path
-from hf_momentum.tasks.encoding import encode_examples
+from hf_momentum.tasks.encoding import PromptEncoder, encode_examples, label_word_ids
 from hf_momentum.tasks.masked_lm import LabelWordHead
 from hf_momentum.tasks.metrics import compute_metrics
-from hf_momentum.tasks.prompts import PromptEncoder, Task, get_task, label_word_ids
+from hf_momentum.tasks.prompts import Task, get_task
 from hf_momentum.tasks.sources import load_fewshot
 from hf_momentum.training.callbacks import BestWeightsCallback
 

@@ -36,7 +36,8 @@ from hf_momentum.command import run_command
 from hf_momentum.errors import UserError
 from hf_momentum.tasks.demo import demo_model_path, fetch_demo, load_demo_task
 from hf_momentum.tasks.demo_mlm import DEMO_MLM_FILE, adapter_tensors, write_demo_mlm
-from hf_momentum.tasks.prompts import PromptEncoder, get_task, label_word_ids
+from hf_momentum.tasks.encoding import PromptEncoder, label_word_ids
+from hf_momentum.tasks.prompts import get_task
 
 SHARES = {"wikipedia": 0.3, "dictionary": 0.25, "reviews": 0.25, "tweets": 0.1, "editorials": 0.1}
 FILL = (

@@ -20,8 +20,8 @@ from hf_momentum.optim.schedules import check_momentum, check_nonnegative
 from hf_momentum.results.canvas import save_figure
 from hf_momentum.results.record import append_record, package_versions
 from hf_momentum.results.regime_figure import regime_figure
-from hf_momentum.tasks.encoding import encode_examples
-from hf_momentum.tasks.prompts import ClassifierEncoder, PromptEncoder, get_task, label_word_ids
+from hf_momentum.tasks.encoding import ClassifierEncoder, PromptEncoder, encode_examples, label_word_ids
+from hf_momentum.tasks.prompts import get_task
 from hf_momentum.tasks.sources import load_fewshot
 from hf_momentum.training.arguments import FewShotArguments, MomentumTrainingArguments
 from hf_momentum.training.callbacks.regime import RegimeCallback

@@ -8,8 +8,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from hf_momentum.errors import UserError, require_extra
 from hf_momentum.tasks.demo import demo_model_path
 from hf_momentum.tasks.demo_mlm import demo_masked_lm_path
+from hf_momentum.tasks.encoding import label_word_ids
 from hf_momentum.tasks.masked_lm import LabelWordHead, load_masked_lm
-from hf_momentum.tasks.prompts import Task, label_word_ids
+from hf_momentum.tasks.prompts import Task
 from hf_momentum.training.arguments import FewShotArguments
 
 

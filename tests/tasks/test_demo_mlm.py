@@ -10,9 +10,9 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertFo
 from hf_momentum.errors import UserError
 from hf_momentum.tasks import demo_mlm
 from hf_momentum.tasks.demo import load_demo_task
-from hf_momentum.tasks.encoding import encode_examples
+from hf_momentum.tasks.encoding import PromptEncoder, encode_examples
 from hf_momentum.tasks.masked_lm import load_masked_lm
-from hf_momentum.tasks.prompts import PromptEncoder, get_task
+from hf_momentum.tasks.prompts import get_task
 from hf_momentum.training.arguments import FewShotArguments
 from hf_momentum.training.fewshot_model import build_model, load_tokenizer
 

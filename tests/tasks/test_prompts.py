@@ -14,16 +14,8 @@ from tiny_tokenizers import (
 )
 
 from hf_momentum.errors import UserError
-from hf_momentum.tasks.prompts import (
-    DEMO_TASKS,
-    PAPER_TASKS,
-    TASKS,
-    ClassifierEncoder,
-    PromptEncoder,
-    Task,
-    get_task,
-    label_word_ids,
-)
+from hf_momentum.tasks.encoding import ClassifierEncoder, PromptEncoder, label_word_ids
+from hf_momentum.tasks.prompts import DEMO_TASKS, PAPER_TASKS, TASKS, Task, get_task
 
 WORDS = ["it", "It", "was", "film", "the", "plot"]
 WORDS += [form for task in TASKS.values() for word in task.label_words.values() for form in (word, word.lower())]
