@@ -159,27 +159,35 @@ def trainer_kwargs(
     given = {key: value for key, value in given.items() if value is not None}
     if getattr(args, "lr_milestones", None):
         callbacks = [LRMilestonesCallback(args.lr_milestones, args.lr_decay), *callbacks]
-    kwargs = {"callbacks": LogFirstCallbacks(callbacks)}
-    if model_init is not None:
-        kwargs["model_init"] = _with_mended_loss(model_init)
     own = isinstance(args, TrainingArguments) and optim is None and not is_our_optimizer(str(args.optim))
     if own and given:
         name = check_optimizer_name(args.optim)
         raise UserError(f"{min(given)} is of no use to the Trainer's own {name}. Name the optimizer: optim=.")
-    if not own:
-        settings = merge_settings(args, given)
-        fused = settings.pop("fused_backward", False)
-        if fused and args is not None:
-            check_fused_backward(args)
-        build_optimizer([nn.Parameter(torch.zeros(1))], **settings)  # a mistake shows now, not in train()
-        ours = [MomentumGuard(override=override), *_callbacks(settings, allow_clipping, fused)]
-        svag = ours[1] if settings["optim"] == "svag" else None
-        kwargs["optimizer_cls_and_kwargs"] = (OptimizerFactory, {"args": args, "svag": svag, **given})
-        kwargs["callbacks"] = LogFirstCallbacks([*ours, HyperparameterLogCallback(), *callbacks])
-        if svag is not None:
-            kwargs["compute_loss_func"] = None  # so that one beside it is an error of Python's own
+    ours = {} if own else _our_kwargs(args, given, override, allow_clipping)
+    kwargs = ours | {"callbacks": LogFirstCallbacks([*ours.get("callbacks", ()), *callbacks])}
+    if model_init is not None:
+        kwargs["model_init"] = _with_mended_loss(model_init)
     if model is not None:
         normalise_loss_per_micro_batch(model)
+    return kwargs
+
+
+def _our_kwargs(
+    args: TrainingArguments | None, given: dict[str, Any], override: bool, allow_clipping: bool
+) -> dict[str, Any]:
+    settings = merge_settings(args, given)
+    fused = settings.pop("fused_backward", False)
+    if fused and args is not None:
+        check_fused_backward(args)
+    build_optimizer([nn.Parameter(torch.zeros(1))], **settings)  # a mistake shows now, not in train()
+    algorithm = _callbacks(settings, allow_clipping, fused)
+    svag = algorithm[0] if settings["optim"] == "svag" else None
+    kwargs = {
+        "optimizer_cls_and_kwargs": (OptimizerFactory, {"args": args, "svag": svag, **given}),
+        "callbacks": [MomentumGuard(override=override), *algorithm, HyperparameterLogCallback()],
+    }
+    if svag is not None:
+        kwargs["compute_loss_func"] = None  # so that one beside it is an error of Python's own
     return kwargs
 
 
