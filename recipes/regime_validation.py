@@ -2,8 +2,8 @@ r"""Is the verdict on momentum right? Predicted at a tenth of the run, compared 
 
 A cell is a task, a learning rate and a batch size. In each, SGD and SGDM (β = 0.9) train at the same effective
 learning rate from the same seeds: same initial weights, same order of the data. At a tenth of SGDM's first run
-`RegimeCallback` measures and predicts. The two differ in a cell if the mean over the seeds of
-log(final training loss of SGD / of SGDM) is further from 0 than its own 95% t interval reaches and than {floor}; a
+`RegimeCallback` measures (in a run of its own, which stops there). The two differ in a cell if the mean over the seeds
+of log(final training loss of SGD / of SGDM) is further from 0 than its own 95% t interval reaches and than {floor}; a
 lost run counts as {most} times the loss of chance. Both were fixed before any cell was run.
 
   all cells      python recipes/regime_validation.py --data_dir DATA --workers 2
@@ -21,7 +21,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,19 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, set_seed
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from hf_momentum.command import command_line, run_command
 from hf_momentum.diagnostics.measure import get_budget
 from hf_momentum.diagnostics.regime import CURVATURE, EFFECT_FLOOR, NOISE, UNDECIDED
+from hf_momentum.diagnostics.validation import MOST_LOSS, PREDICTED, areas_under_curves, compare, measurement_to_json
 from hf_momentum.errors import UserError
 from hf_momentum.results.canvas import save_figure
 from hf_momentum.results.export import Report, Sheet, print_report, to_markdown
 from hf_momentum.results.jobs import compute_missing
-from hf_momentum.results.ranking import AucComparison, paired_auc_interval
+from hf_momentum.results.ranking import AucComparison
 from hf_momentum.results.record import identifier, package_versions, read_records
-from hf_momentum.results.statistics import paired_difference
 from hf_momentum.results.validation_figure import validation_figure
 from hf_momentum.tasks.augmentation import AugmentedImages, collate, normalisation
 from hf_momentum.tasks.encoding import ClassifierEncoder, encode_examples
@@ -60,11 +60,9 @@ LRS = (0.003, 0.3, 3.0, 1.0, 0.1)  # in this order, so that the first ones span 
 SEEDS = (13, 21, 42)
 OPTIMIZERS = ("sgd", "sgdm")
 MEASURED_AT = 0.1  # of the run
-MOST_LOSS = 10.0  # times that of chance; what is lost by more is not told apart
 TEXT = {"batch_sizes": (4, 32), "steps": 40, "micro_batch": 8}
 PICTURES = {"batch_sizes": (16, 512), "steps": 100, "micro_batch": 32}
 TRAIN_SIZE, LONGEST, EVALUATED = 2048, 16, 256  # texts, the most tokens of one, and those that the final loss is of
-PREDICTED = "predicted difference"
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,14 @@ class Workload:
     classes: int
 
 
-class MeasureOnce(RegimeCallback):
-    """Measures after one step."""
+class MeasureAndStop(RegimeCallback):
+    """Measures after a number of steps, and ends the run there."""
 
     def on_step_end(self, args, state, control, **kwargs):
         """Pass by all steps but that one."""
         if state.global_step == self.every:
             super().on_step_end(args, state, control, **kwargs)
+            control.should_training_stop = True
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -143,20 +142,41 @@ def load_pictures(data_dir: Path) -> Workload:
     return Workload(train, train, collate, make_model, classes)
 
 
-def train(
+def run(
     task: str, lr: float, batch_size: int, optim: str, seed: int, data_dir: Path, measured: bool
 ) -> dict[str, Any]:
-    """Train one run, measure if asked to, and give the final training loss; None if it is not finite."""
+    """Train to the end and give the final training loss, None if it is not finite; or measure early on and stop."""
     logging.disable(logging.WARNING)  # a run that diverges, or cannot be measured, is in the record
     transformers_logging.disable_progress_bar()
-    work, size = load_workload(task, data_dir), sizes(task)
+    work, record = load_workload(task, data_dir), {"cell": {"task": task, "lr": lr, "batch_size": batch_size}}
+    record |= {"optim": optim, "seed": seed}
+    callbacks = [measuring(work, sizes(task), seed)] if measured else []
+    trainer = make_trainer(work, lr, batch_size, optim, seed, data_dir, sizes(task)["steps"], callbacks)
+    trainer.train()
+    if measured:
+        return record | findings(*callbacks)
+    loss = trainer.evaluate()["eval_loss"]
+    return record | {"chance": math.log(work.classes), "loss": loss if math.isfinite(loss) else None}
+
+
+def make_trainer(
+    work: Workload,
+    lr: float,
+    batch_size: int,
+    optim: str,
+    seed: int,
+    data_dir: Path,
+    steps: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """Build a stock Trainer with linear decay."""
     args = MomentumTrainingArguments(
         output_dir=str(data_dir),  # nothing is written
         optim=optim,
         learning_rate=lr,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=64,
-        max_steps=size["steps"],
+        max_steps=steps,
         lr_scheduler_type="linear",
         max_grad_norm=0.0,
         seed=seed,
@@ -168,7 +188,6 @@ def train(
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
     model = work.make_model(seed)
-    callbacks = [measuring(work, size, seed)] if measured else []
     trainer = Trainer(
         model=model,
         args=args,
@@ -178,16 +197,7 @@ def train(
         **trainer_kwargs(model, args, callbacks=callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    loss = trainer.evaluate()["eval_loss"]
-    return {
-        "cell": {"task": task, "lr": lr, "batch_size": batch_size},
-        "optim": optim,
-        "seed": seed,
-        "chance": math.log(work.classes),
-        "loss": plain(loss),
-        "regime": findings(callbacks[0]) if callbacks else None,
-    }
+    return trainer
 
 
 def sizes(task: str) -> dict[str, Any]:
@@ -195,84 +205,34 @@ def sizes(task: str) -> dict[str, Any]:
     return PICTURES if task == IMAGES else TEXT
 
 
-def measuring(work: Workload, size: Mapping[str, Any], seed: int) -> MeasureOnce:
+def measuring(work: Workload, size: Mapping[str, Any], seed: int) -> MeasureAndStop:
     """Measure at the economy budget, on examples drawn anew."""
     shape = (get_budget("economy").batches, size["micro_batch"])
     chosen = np.random.default_rng(seed).integers(len(work.train), size=shape).tolist()
     batches = DataLoader(work.train, batch_sampler=chosen, collate_fn=work.collate)
-    return MeasureOnce(every=round(MEASURED_AT * size["steps"]), batches=batches, effect_floor=EFFECT_FLOOR)
+    return MeasureAndStop(every=round(MEASURED_AT * size["steps"]), batches=batches)
 
 
 def findings(callback: RegimeCallback) -> dict[str, Any]:
-    """The verdict and what it rests on as plain values, or why there is none."""
+    """What was measured, or why nothing was."""
     if callback.report is None:
         return {"problem": callback.problem}
-    names = ("log_ratio", "score", "h", "limit_fraction", "noise", "curvature", "difference")
-    report = callback.report
-    intervals = {name: {end: plain(number) for end, number in asdict(getattr(report, name)).items()} for name in names}
-    return {"verdict": report.verdict, "loss": callback.measured.loss, **intervals}
-
-
-def plain(number: float) -> float | None:
-    """A number as JSON has it."""
-    return number if math.isfinite(number) else None
+    return measurement_to_json(callback.measured, callback.report.setting)
 
 
 def plan(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """All runs by name; both algorithms of a cell and seed are next to each other."""
+    """All jobs by name: for each cell the measurement, then the runs; both algorithms of a seed next to each other."""
     jobs = {}
     for lr, task in itertools.product(args.learning_rates, args.tasks):
-        for batch_size, seed, optim in itertools.product(sizes(task)["batch_sizes"], args.seeds, OPTIMIZERS):
-            cell = {"task": task, "lr": lr, "batch_size": batch_size}
-            measured = optim == "sgdm" and seed == args.seeds[0]
-            job = cell | {"optim": optim, "seed": seed, "measured": measured}
-            name = job | {"sizes": sizes(task), "packages": package_versions(("hf_momentum",))}
-            jobs[identifier(name)] = job | {"data_dir": args.data_dir}
+        for batch_size in sizes(task)["batch_sizes"]:
+            wanted = [("sgdm", args.seeds[0], True)]
+            wanted += [(optim, seed, False) for seed, optim in itertools.product(args.seeds, OPTIMIZERS)]
+            for optim, seed, measured in wanted:
+                job = {"task": task, "lr": lr, "batch_size": batch_size}
+                job |= {"optim": optim, "seed": seed, "measured": measured}
+                name = job | {"sizes": sizes(task), "packages": package_versions(("hf_momentum",))}
+                jobs[identifier(name)] = job | {"data_dir": args.data_dir}
     return jobs
-
-
-def compare(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Put the runs of each cell together: what was found, and what either measurement predicted."""
-    cells: dict[tuple, list] = {}
-    for record in records:
-        cells.setdefault(tuple(record["cell"].items()), []).append(record)
-    return [dict(key) | compare_cell(runs) for key, runs in cells.items()]
-
-
-def compare_cell(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Judge a cell from its runs."""
-    logs = {optim: {run["seed"]: log_loss(run) for run in runs if run["optim"] == optim} for optim in OPTIMIZERS}
-    found = paired_difference(logs["sgdm"], logs["sgd"])
-    half = found.high - found.mean if found.std > 0 else 0.0  # both lost with every seed: nothing is spread
-    (regime,) = (run["regime"] for run in runs if run["regime"])
-    differ = abs(found.mean) > max(half, EFFECT_FLOOR)
-    return {"measured": found.mean, "low": found.mean - half, "high": found.mean + half, "differ": differ, **regime}
-
-
-def log_loss(run: Mapping[str, Any]) -> float:
-    """The logarithm of a final loss; of a lost run, of the largest that is told apart."""
-    return math.log(min(math.inf if run["loss"] is None else run["loss"], MOST_LOSS * run["chance"]))
-
-
-def predictors(cell: Mapping[str, Any]) -> dict[str, float]:
-    """How much a difference is to be expected in a cell, by our prediction and by simpler ones."""
-    noise, curvature = cell["noise"]["value"], cell["curvature"]["value"]
-    ratio = max(noise, 0.0) / curvature if curvature > 0 else math.inf
-    return {
-        PREDICTED: cell["score"]["value"],
-        "learning rate η": cell["lr"],
-        "h = ηλ_max": cell["h"]["value"],
-        "B_noise/B, inverted": -min(ratio, 1e12),
-        "η over SGD's limit": cell["limit_fraction"]["value"],
-    }
-
-
-def areas_under_curves(cells: Sequence[Mapping[str, Any]]) -> dict[str, AucComparison]:
-    """Area of each predictor as `first`, compared with that of our prediction as `second`."""
-    scores = [predictors(cell) for cell in cells]
-    labels = [cell["differ"] for cell in cells]
-    columns = {name: [score[name] for score in scores] for name in scores[0]}
-    return {name: paired_auc_interval(column, columns[PREDICTED], labels) for name, column in columns.items()}
 
 
 def ranking_sheet(areas: Mapping[str, AucComparison], cells: Sequence[Mapping[str, Any]]) -> Sheet:
@@ -340,7 +300,7 @@ def main(argv: Sequence[str]) -> None:
     args, console = parse(argv), Console()
     file, jobs = args.output_dir / "results.jsonl", plan(args)
     about = {"packages": package_versions(), "command": command_line()}
-    compute_missing(train, jobs, file, args.workers, about, console, "runs")
+    compute_missing(run, jobs, file, args.workers, about, console, "runs")
     present([record for record in read_records(file).records if record["run_id"] in jobs], args.output_dir, console)
 
 

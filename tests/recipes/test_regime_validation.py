@@ -7,8 +7,10 @@ from in_process import PoolInThisProcess
 from recipe_tools import load_recipe
 from tiny_models import TokenRows, tiny_classifier
 from torch.utils.data import default_collate
+from transformers import TrainerCallback
 
-from hf_momentum.diagnostics.regime import CURVATURE, EFFECT_FLOOR, NOISE, UNDECIDED
+from hf_momentum.diagnostics.regime import CURVATURE, NOISE, UNDECIDED
+from hf_momentum.diagnostics.validation import PREDICTED, areas_under_curves
 from hf_momentum.errors import UserError
 from hf_momentum.results.record import read_records
 
@@ -38,62 +40,26 @@ def pool(recipe, monkeypatch):
     logging.disable(logging.NOTSET)  # a run of its own process is silent
 
 
-def run(optim, seed, loss, regime=None, lr=1.0):
-    cell = {"task": "trec", "lr": lr, "batch_size": 4}
-    return {"cell": cell, "optim": optim, "seed": seed, "loss": loss, "chance": 1.0, "regime": regime}
-
-
-def regime(score, verdict=CURVATURE, **changes):
-    names = ("log_ratio", "score", "h", "limit_fraction", "noise", "curvature", "difference")
-    return {"verdict": verdict, **{name: {"value": score, "low": score, "high": score} for name in names}} | changes
-
-
-def cell_of(recipe, sgd, sgdm, found=None, lr=1.0):
-    runs = [run("sgd", seed, loss, lr=lr) for seed, loss in enumerate(sgd)]
-    runs += [run("sgdm", seed, loss, None if seed else found or regime(1.0), lr) for seed, loss in enumerate(sgdm)]
-    (cell,) = recipe.compare(runs)
-    return cell
-
-
-def test_a_difference_must_exceed_the_floor_and_its_interval(recipe):
-    e = 2.718281828459045
-    found = cell_of(recipe, [e**1.0, e**1.1, e**1.2], [1.0, 1.0, 1.0])
-    assert found["measured"] == pytest.approx(1.1)
-    assert found["high"] - found["measured"] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)  # t(.975, 2)
-    assert found["differ"]
-    assert not cell_of(recipe, [e**0.04, e**0.05, e**0.06], [1.0, 1.0, 1.0])["differ"]  # clear, but small
-    assert not cell_of(recipe, [e**1.0, e**-1.0, e**2.0], [1.0, 1.0, 1.0])["differ"]  # large, but noise
-    assert EFFECT_FLOOR == 0.1
-
-
-def test_a_lost_run_counts_as_a_multiple_of_chance_and_two_lost_ones_do_not_differ(recipe):
-    lost = cell_of(recipe, [None, 3e9, None], [0.9, 1.0, 1.1])
-    assert lost["differ"] and lost["measured"] == pytest.approx(2.3059, abs=1e-3)  # log 10, less mean log .9 1. 1.1
-    both = cell_of(recipe, [None, None, None], [1e8, None, None])
-    assert (both["measured"], both["low"], both["high"], both["differ"]) == (0, 0, 0, False)
-
-
-def test_predictors_rank_every_cell(recipe):
-    flat = cell_of(recipe, [1, 1.01, 0.99], [1, 1, 1], regime(0.5, NOISE, curvature={"value": -1.0}))
-    scores = recipe.predictors(flat)
-    assert scores[recipe.PREDICTED] == 0.5 and scores["learning rate η"] == 1.0
-    assert scores["B_noise/B, inverted"] == -1e12  # no curvature-induced term: noise dominates entirely
-    assert recipe.predictors(cell_of(recipe, [1, 2, 3], [1, 1, 1]))["B_noise/B, inverted"] == -1.0
+def cell(verdict, differ, lr=1.0, score=1.0):
+    """What the sheets read."""
+    names = ("log_ratio", "limit_fraction")
+    found = {"task": "trec", "lr": lr, "batch_size": 4, "verdict": verdict, "differ": differ}
+    found |= {"measured": 0.5, "low": 0.4, "high": 0.6, "predictors": {PREDICTED: score, "learning rate η": lr}}
+    return found | {name: {"value": score} for name in names}
 
 
 def test_sheets_count_verdicts_and_name_the_failures(recipe):
-    apart, alike = ([5.0, 5.1, 5.2], [1.0, 1.0, 1.0]), ([1.0, 1.01, 0.99], [1.0, 1.0, 1.0])
     cells = [
-        cell_of(recipe, *apart, regime(2.0, CURVATURE), 3.0),
-        cell_of(recipe, *apart, regime(1.5, NOISE), 1.0),
-        cell_of(recipe, *alike, regime(0.3, UNDECIDED), 0.3),
-        cell_of(recipe, *alike, regime(1.8, CURVATURE), 0.1),
+        cell(CURVATURE, True, 3.0, 2.0),
+        cell(NOISE, True, 1.0, 1.5),
+        cell(UNDECIDED, False, 0.3, 0.3),
+        cell(CURVATURE, False, 0.1, 1.8),
     ]
     verdicts = {row[0]: row[1:] for row in recipe.verdict_sheet(cells).rows}
     assert verdicts == {NOISE: ("1", "0"), UNDECIDED: ("0", "1"), CURVATURE: ("1", "1")}
     assert [row[1] for row in recipe.failures_sheet(cells).rows] == ["1", "0.1"]
-    ranking = {row[0]: row[1] for row in recipe.ranking_sheet(recipe.areas_under_curves(cells), cells).rows}
-    assert ranking["predicted difference"].startswith("0.750")  # one of the four pairs is the wrong way round
+    ranking = {row[0]: row[1] for row in recipe.ranking_sheet(areas_under_curves(cells), cells).rows}
+    assert ranking[PREDICTED].startswith("0.750")  # one of the four pairs is the wrong way round
     assert ranking["learning rate η"].startswith("1.000")
 
 
@@ -104,18 +70,19 @@ def test_it_runs_predicts_compares_and_resumes(recipe, pool, data_dir, tmp_path,
     with pytest.raises(UserError, match="differ in 0 of 4 cells"):
         recipe.main([*command[:-1], "0.02"])
     records = read_records(out / "results.jsonl").records
-    assert len(records) == 16 and sum(record["regime"] is not None for record in records) == 4
-    for record in records:
+    runs, measured = ([record for record in records if key in record] for key in ("loss", "measured"))
+    assert len(records) == 20 and len(runs) == 16
+    for record in runs:
         assert record["loss"] < 5 and record["chance"] == pytest.approx(0.6931, abs=1e-4)
-        if record["regime"]:
-            assert record["optim"] == "sgdm" and record["seed"] == 1
-            assert record["regime"]["verdict"] == NOISE
-    for record in records:  # make two of the cells differ
+    for record in measured:
+        assert record["optim"] == "sgdm" and record["seed"] == 1
+        assert record["setting"]["steps"] == 9  # of 10
+    for record in runs:  # make two of the cells differ
         if record["cell"]["lr"] == 0.02 and record["optim"] == "sgd":
             record["loss"] = 9.0 + record["seed"]
     (out / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     recipe.main([*command[:-1], "0.02"])
-    assert len(pool.submitted) == 16
+    assert len(pool.submitted) == 20
     files = {path.name for path in out.iterdir()}
     assert files == {"results.jsonl", "validation.png", "validation.svg", "validation.jsonl", "validation.md"}
     assert "Where the verdict fails" in capsys.readouterr().out
@@ -123,11 +90,23 @@ def test_it_runs_predicts_compares_and_resumes(recipe, pool, data_dir, tmp_path,
     assert sorted(row["differ"] for row in rows) == [False, False, True, True]
 
 
-def test_the_same_seed_gives_the_same_run(recipe, pool, data_dir):
+def test_a_measurement_is_of_the_run_that_goes_on(recipe, pool, data_dir):
     job = {"task": "trec", "lr": 0.1, "batch_size": 8, "optim": "sgdm", "seed": 3, "data_dir": data_dir}
-    measured, plain = (recipe.train(**job, measured=measured) for measured in (True, False))
-    assert measured["loss"] == plain["loss"]
-    assert measured["regime"]["verdict"] and plain["regime"] is None
+    first, again = (recipe.run(**job, measured=True) for _ in range(2))
+    assert first == again and "loss" not in first
+    weights = {}
+
+    class Remember(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            weights.setdefault(state.global_step, []).append(model.state_dict()["classifier.out_proj.weight"].clone())
+
+    work = recipe.load_workload("trec", data_dir)
+    whole = [Remember()]
+    measuring = [recipe.measuring(work, recipe.sizes("trec"), 3), Remember()]
+    for callbacks in (whole, measuring):
+        recipe.make_trainer(work, 0.1, 8, "sgdm", 3, data_dir, 10, callbacks).train()
+    assert [len(seen) for seen in weights.values()] == [2] + 9 * [1]  # stopped where it was measured
+    assert torch.equal(*weights[1])
 
 
 @pytest.mark.parametrize(
