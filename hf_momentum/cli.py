@@ -164,8 +164,8 @@ def advise(
         str | None, typer.Option("--data_dir", help="Folder with TASK/{train,test}.jsonl instead of the Hub.")
     ] = None,
     tuning: Annotated[
-        str | None, typer.Option("--tuning", help="prompt, or classifier (default for the demo model).")
-    ] = None,
+        str, typer.Option("--tuning", help="prompt: label words at the mask, or classifier: a new head.")
+    ] = "prompt",
     budget: Annotated[
         str | None,
         typer.Option(

@@ -108,7 +108,6 @@ def parse(argv: Sequence[str]) -> tuple[FewShotArguments, RecipeTrainingArgument
         raise UserError("--eval_strategy no: the protocol picks on dev. Use steps or epoch.")
     without_clipping_beside_svag(training, explicit="max_grad_norm" in given)
     check_push(training, few.task)
-    few.tuning = few.tuning or ("classifier" if few.model == "demo" else "prompt")
     refuse_prompts_under_fsdp(training, few.tuning)
     if "model" in defaults:
         grid = add_demo_settings(training, grid, given_options(argv))
@@ -311,10 +310,8 @@ def main(argv: Sequence[str]) -> None:
     console = Console(quiet=not first)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if few.model == "demo" and few.tuning == "classifier":
-        console.print(
-            "The demo: classifier tuning, unless --tuning prompt is given. Its tasks are stand-ins, not SST or NLI."
-        )
+    if few.model == "demo":
+        console.print("The demo's model is a small sentence encoder, and the tasks that come with it are stand-ins.")
     if "svag" in training.optim:
         console.print("Beside svag no gradient is clipped, in any row of this command (max_grad_norm 0).")
     store = RunStore(training.output_dir)

@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", default=["13", "21", "42"])
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
-    common = ["--model", args.model, "--task", args.task, "--max_steps", str(args.steps), "--use_cpu", "True"]
+    common = ["--model", args.model, "--task", args.task, "--tuning", "classifier"]
+    common += ["--max_steps", str(args.steps), "--use_cpu", "True"]
     common += ["--data_dir", args.data_dir] if args.data_dir else []
     cells = list(itertools.product(args.seeds, OPTIMIZERS, RATES))
     with tempfile.TemporaryDirectory() as name, Progress() as progress:

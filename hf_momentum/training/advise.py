@@ -64,7 +64,7 @@ class AdviseArguments:
         k: Examples per class.
         seed: Of the draw, the initialisation and the data order.
         data_dir: A folder with the task's data, instead of the Hub.
-        tuning: `prompt` or `classifier` (the demo's).
+        tuning: `prompt` or `classifier`.
         budget: `economy` or `full`, see `diagnostics.measure.measure`. Default: `full`, of the demo `economy`.
         output: Folder for `advice.jsonl` and the picture.
     """
@@ -79,7 +79,7 @@ class AdviseArguments:
     k: int = 16
     seed: int = 13
     data_dir: str | None = None
-    tuning: str | None = None
+    tuning: str = "prompt"
     budget: str | None = None
     output: Path = Path("runs/advise")
 
@@ -99,11 +99,10 @@ class AdviseArguments:
             raise UserError("--learning_rate must be above 0.")
         if not check_momentum(self.momentum):
             raise UserError("--momentum must be above 0: it is that of the SGDM to compare with SGD.")
-        if self.tuning not in {None, "prompt", "classifier"}:
+        if self.tuning not in {"prompt", "classifier"}:
             raise UserError(f"Unknown --tuning {self.tuning!r}. Allowed: prompt, classifier.")
         self.budget = self.budget or ("economy" if is_demo else "full")
         get_budget(self.budget)
-        self.tuning = self.tuning or ("classifier" if is_demo else "prompt")
         self.max_steps = (DEMO_STEPS if is_demo else STEPS) if self.max_steps is None else self.max_steps
         if self.warm_steps is None:
             self.warm_steps = max(1, round(_WARM_PART * self.max_steps))

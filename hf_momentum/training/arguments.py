@@ -284,10 +284,10 @@ class FewShotArguments:
     seeds: list[int] = field(
         default_factory=lambda: [13, 21, 42, 87, 100], metadata={"help": "Each draws, initialises and orders anew."}
     )
-    tuning: str | None = field(
-        default=None,
+    tuning: str = field(
+        default="prompt",
         metadata={
-            "help": "prompt: label words at the mask (default). classifier: a new head (default for the demo model).",
+            "help": "prompt: label words at the mask. classifier: a new head.",
             "choices": ["prompt", "classifier"],
         },
     )

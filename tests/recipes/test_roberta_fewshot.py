@@ -327,7 +327,7 @@ def test_a_half_precision_checkpoint_is_trained_in_float32(model, tmp_path):
 
 def test_the_demo_brings_a_rate_for_our_optimizers_only(recipe):
     few, training, grid = recipe.parse(["--optim", "sgd", "adamw_torch"])
-    assert (few.model, few.task, few.tuning) == ("demo", ["movie-snippets-2"], "classifier")
+    assert (few.model, few.task, few.tuning) == ("demo", ["movie-snippets-2"], "prompt")
     assert grid.learning_rate == {"sgd": [0.1], "adamw_torch": [5e-5]}
     assert training.max_steps == 100
     _, training, grid = recipe.parse(["--lr_form", "heavy_ball", "--num_train_epochs", "2"])

@@ -97,7 +97,7 @@ def test_what_could_not_be_measured_is_an_error(model, data, tmp_path, monkeypat
 
 def test_the_demo_brings_its_own():
     asked = AdviseArguments()
-    assert (asked.model, asked.task, asked.tuning) == ("demo", "movie-snippets-2", "classifier")
+    assert (asked.model, asked.task, asked.tuning) == ("demo", "movie-snippets-2", "prompt")
     assert (asked.learning_rate, asked.max_steps, asked.warm_steps) == (0.1, 100, 10)
     assert asked.budget == "economy"
     asked = AdviseArguments(model="x/y", task="sst-2", learning_rate=0.01)
