@@ -1,7 +1,7 @@
 """Time a stock Trainer with torch's SGD against the same Trainer with ours and all its default callbacks.
 
-  python scripts/bench_overhead.py --pairs 7 --steps 20            on the demo's encoder, random weights
-  python scripts/bench_overhead.py --pairs 3 --regime_steps 5000   also what a RegimeCallback adds, on the tiny model
+  python scripts/bench_overhead.py --pairs 7 --steps 20                        on the demo's encoder, random weights
+  python scripts/bench_overhead.py --size tiny --pairs 3 --regime_steps 4000   also what a RegimeCallback adds
 
 Each pair trains both, one right after the other, in alternating order; the median of the pairs' ratios is printed.
 Both run m ← βm + …, on torch's fused kernel, so that the difference is what the callbacks and our step cost.
@@ -89,9 +89,9 @@ def callbacks_ratio(size: str, steps: int, pairs: int) -> float:
     return paired_ratio(ours, other, pairs, f"{size} model, {steps} steps, ours / torch's")
 
 
-def regime_ratio(steps: int, pairs: int) -> float:
+def regime_ratio(size: str, steps: int, pairs: int) -> float:
     """A run with a RegimeCallback against the same run without, from the same weights."""
-    model = BertForSequenceClassification(BertConfig(**SIZES["tiny"]))
+    model = BertForSequenceClassification(BertConfig(**SIZES[size]))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     data, measured = rows(8 * steps), []
 
@@ -102,7 +102,7 @@ def regime_ratio(steps: int, pairs: int) -> float:
         measured.extend(len(callback.reports) for callback in callbacks)
         return time_taken
 
-    ratio = paired_ratio(lambda: run(True), lambda: run(False), pairs, f"tiny model, {steps} steps, with / without")
+    ratio = paired_ratio(lambda: run(True), lambda: run(False), pairs, f"{size} model, {steps} steps, with / without")
     Console().print(f"RegimeCallback measured {min(measured)} to {max(measured)} times in a run.")
     return ratio
 
@@ -119,7 +119,7 @@ def main() -> None:
     ratio = callbacks_ratio(args.size, args.steps, args.pairs)
     goals = [Goal("Trainer with our optimizer and callbacks / with torch's SGD", ratio, 1.02)]
     if args.regime_steps:
-        ratio = regime_ratio(args.regime_steps, args.pairs)
+        ratio = regime_ratio(args.size, args.regime_steps, args.pairs)
         goals.append(Goal("training with RegimeCallback / without", ratio, 1.05))
     report(goals)
 
