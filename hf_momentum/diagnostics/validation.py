@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_momentum.diagnostics.measurements import Interval, Measurements, Mode, Setting
 from hf_momentum.diagnostics.regime import EFFECT_FLOOR, RegimeReport, assess
+from hf_momentum.errors import UserError
 from hf_momentum.results.ranking import AucComparison, paired_auc_interval
 from hf_momentum.results.statistics import paired_difference
 
@@ -71,14 +72,20 @@ def compare(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         For each cell its own entries, what `judge_cell` found, and the measurement's verdict and intervals, or its
         `problem`.
+
+    Raises:
+        UserError: If a cell has no measurement or several, or not the same seeds of both optimizers.
     """
     cells: dict[tuple, list] = {}
     for record in records:
         cells.setdefault(tuple(record["cell"].items()), []).append(record)
     found = []
     for key, group in cells.items():
-        (foretold,) = (record for record in group if "measured" in record or "problem" in record)
-        said = {"problem": foretold["problem"]} if "problem" in foretold else foretell(foretold)
+        measurements = [record for record in group if "measured" in record or "problem" in record]
+        if len(measurements) != 1:
+            raise UserError(f"{dict(key)}: {len(measurements)} measurements, where one is needed.")
+        (record,) = measurements
+        said = {"problem": record["problem"]} if "problem" in record else foretell(record)
         found.append(dict(key) | judge_cell([record for record in group if "loss" in record]) | said)
     return found
 
@@ -92,10 +99,15 @@ def judge_cell(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         `measured`, the mean over the seeds of log(loss of SGD / of SGDM); `low` and `high`, its 95% t interval; and
         `differ`, whether it is further from 0 than its interval reaches and than `EFFECT_FLOOR`.
+
+    Raises:
+        UserError: If the seeds are fewer than two, or not the same.
     """
-    logs = {optim: {run["seed"]: log_loss(run) for run in runs if run["optim"] == optim} for optim in ("sgd", "sgdm")}
-    found = paired_difference(logs["sgdm"], logs["sgd"])
-    half = found.high - found.mean if found.std > 0 else 0.0  # both lost with every seed: nothing is spread
+    sgd, sgdm = ({run["seed"]: log_loss(run) for run in runs if run["optim"] == optim} for optim in ("sgd", "sgdm"))
+    if sgd.keys() != sgdm.keys() or len(sgd) < 2:
+        raise UserError(f"SGD has the seeds {sorted(sgd)}, SGDM {sorted(sgdm)}; both need the same, two at least.")
+    found = paired_difference(sgdm, sgd)
+    half = 0.0 if found.std == 0 else found.high - found.mean  # both lost with every seed: nothing is spread
     differ = abs(found.mean) > max(half, EFFECT_FLOOR)
     return {"measured": found.mean, "low": found.mean - half, "high": found.mean + half, "differ": differ}
 
@@ -125,14 +137,15 @@ def foretell(record: Mapping[str, Any]) -> dict[str, Any]:
     measured, setting = measurement_from_json(record)
     report = assess(measured, setting, EFFECT_FLOOR)
     intervals = {name: _to_json(asdict(getattr(report, name))) for name in _INTERVALS}
-    return {"verdict": report.verdict, **intervals, "predictors": _to_json(predictors(measured, report))}
+    return {"verdict": report.verdict, **intervals, "predictors": predictors(measured, report)}
 
 
 def predictors(measured: Measurements, report: RegimeReport) -> dict[str, float]:
     """Give the numbers that may rank runs by how much momentum changes them; the larger the more.
 
-    Directional sharpness is η times the curvature along the gradient, batch sharpness along a mini-batch's gradient,
-    whose Hessian is taken from another batch, so that both are ratios of unbiased estimates.
+    η is the largest rate of the steps that remain. The sharpness along the gradient is `∇LᵀH∇L / |∇L|²`, along a
+    mini-batch's `E[gᵀHg] / E|g|² = (∇LᵀH∇L + tr(HΣ)/B) / (|∇L|² + tr Σ/B)` with the whole loss's H; the stationary
+    difference is `RegimeReport.difference`. A ratio whose denominator, a square, came out as 0 or less is 0.
 
     Args:
         measured: What was measured.
@@ -149,18 +162,17 @@ def predictors(measured: Measurements, report: RegimeReport) -> dict[str, float]
     return {
         PREDICTED: report.score.value,
         "upper end of its interval": report.score.high,
-        "cheap form over the loss": report.difference.value / measured.loss,
+        "stationary difference over L": _ratio(report.difference.value, measured.loss),
         "learning rate η": lr,
         "h = ηλ_max": report.h.value,
         "η over SGD's limit": report.limit_fraction.value,
-        "η × batch sharpness": lr * _ratio(batch_curved, batch_squared),
-        "η × directional sharpness": lr * _ratio(curved, squared),
+        "η × sharpness along g": lr * _ratio(batch_curved, batch_squared),
+        "η × sharpness along ∇L": lr * _ratio(curved, squared),
         "B_noise/B, inverted": -min(noise / curvature, 1e12) if curvature > 0 else -1e12,
     }
 
 
 def _ratio(above: float, below: float) -> float:
-    """A ratio of estimates; 0 where the one below, which is of a square, came out as nothing."""
     return above / below if below > 0 else 0.0
 
 
@@ -174,5 +186,5 @@ def areas_under_curves(cells: Sequence[Mapping[str, Any]]) -> dict[str, AucCompa
         Predictor → its area under the ROC curve as `first`, compared with that of our prediction as `second`.
     """
     labels = [cell["differ"] for cell in cells]
-    columns = {name: [float(cell["predictors"][name]) for cell in cells] for name in cells[0]["predictors"]}
+    columns = {name: [cell["predictors"][name] for cell in cells] for name in cells[0]["predictors"]}
     return {name: paired_auc_interval(column, columns[PREDICTED], labels) for name, column in columns.items()}

@@ -16,6 +16,7 @@ from hf_momentum.diagnostics.validation import (
     measurement_to_json,
     predictors,
 )
+from hf_momentum.errors import UserError
 
 E = math.e
 STEEP = measurements(spread=0.01), setting(1.5, steps=50)
@@ -78,21 +79,34 @@ def test_predictors_are_what_they_say():
         {
             PREDICTED: report.score.value,
             "upper end of its interval": report.score.high,
-            "cheap form over the loss": lr**2 * 0.9 / (4 * 1.9) * (h @ s) / batch / 2.0,
+            "stationary difference over L": lr**2 * 0.9 / (4 * 1.9) * (h @ s) / batch / 2.0,
             "learning rate η": lr,
             "h = ηλ_max": lr * 1.0,
             "η over SGD's limit": lr / report.sgd_limit.value,
-            "η × batch sharpness": lr * (h @ (g + s / batch)) / (g + s / batch).sum(),
-            "η × directional sharpness": lr * (h @ g) / g.sum(),
+            "η × sharpness along g": lr * (h @ (g + s / batch)) / (g + s / batch).sum(),
+            "η × sharpness along ∇L": lr * (h @ g) / g.sum(),
             "B_noise/B, inverted": -(h @ s) / batch / (h @ g),
         }
     )
 
 
 def test_ratios_without_a_denominator_rank_as_no_curvature():
-    flat = replace(measurements(), squared_gradient=Interval(-1.0, -2.0, 1.0), hessian_gradient=interval(-1.0))
+    flat = measurements(loss=0.0)
+    flat = replace(flat, squared_gradient=Interval(-1.0, -2.0, 1.0), hessian_gradient=interval(-1.0))
     found = predictors(flat, assess(flat, setting(0.5)))
-    assert (found["η × directional sharpness"], found["B_noise/B, inverted"]) == (0.0, -1e12)
+    ratios = ("η × sharpness along ∇L", "η × sharpness along g", "stationary difference over L")
+    assert [found[name] for name in ratios] == [0.0, 0.0, 0.0]
+    assert found["B_noise/B, inverted"] == -1e12
+
+
+def test_cells_that_lack_something_are_told():
+    with pytest.raises(UserError, match=r"SGD has the seeds \[0\], SGDM \[0\]; both need the same, two"):
+        cell_of([1.2], [1.0])
+    with pytest.raises(UserError, match=r"\[0, 1, 2\], SGDM \[0, 1\]"):
+        cell_of([1, 2, 3], [1, 1])
+    run = {"cell": {"task": "a"}, "optim": "sgd", "seed": 0, "loss": 1.0, "chance": 1.0}
+    with pytest.raises(UserError, match=r"\{'task': 'a'\}: 0 measurements, where one is needed"):
+        compare([run])
 
 
 def test_every_predictor_ranks_all_cells():

@@ -88,12 +88,13 @@ def test_it_runs_predicts_compares_and_resumes(recipe, pool, data_dir, tmp_path,
     assert "Where the verdict fails" in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "validation.jsonl").read_text().splitlines()]
     assert sorted(row["differ"] for row in rows) == [False, False, True, True]
+    assert {row["verdict"] for row in rows} == {NOISE}
 
 
 def test_a_measurement_is_of_the_run_that_goes_on(recipe, pool, data_dir):
     job = {"task": "trec", "lr": 0.1, "batch_size": 8, "optim": "sgdm", "seed": 3, "data_dir": data_dir}
     first, again = (recipe.run(**job, measured=True) for _ in range(2))
-    assert first == again and "loss" not in first
+    assert first == again and "measured" in first and "loss" not in first
     weights = {}
 
     class Remember(TrainerCallback):
