@@ -59,7 +59,7 @@ def _draw_calibration(
             zorder=3,
         )
     for scale in (axes.set_xscale, axes.set_yscale):
-        scale("symlog", linthresh=_LINEAR)
+        scale("symlog", linthresh=_LINEAR, linscale=0.4)
     limits, ticks = (-1.3 * _MOST, 1.3 * _MOST), (-_MOST, -1, 0, 1, _MOST)
     axes.set(
         xticks=ticks,
